@@ -1,0 +1,1 @@
+"""Decisions: which sequences run, which blocks they own. Imports no torch."""

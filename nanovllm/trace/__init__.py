@@ -1,0 +1,1 @@
+"""Events of the engine and the sinks that receive them."""

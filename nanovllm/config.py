@@ -1,0 +1,125 @@
+"""Engine options: one frozen record, closed to unknown names.
+
+What is found out at run time (the number of KV blocks, the context that fits) is a result of
+building the engine and lives there, not here.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from dataclasses import dataclass, fields
+from difflib import get_close_matches
+from typing import Any
+
+from nanovllm.errors import ConfigError
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+DEVICES = ("auto", "cpu", "cuda")
+LOAD_FORMATS = ("auto", "dummy")
+
+
+def _check_count(name: str, value: object, low: int = 1) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < low:
+        raise ConfigError(f"{name} must be an integer of at least {low}, got {value!r}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineConfig:
+    """Options of one engine.
+
+    model            a directory in Hugging Face format, a hub name, or "demo"
+    dtype            of weights and KV cache; "auto": the model's own on a GPU and on a CPU with
+                     bfloat16 arithmetic, else float32
+    device           "auto": cuda if there is one, else cpu; "cuda:1" names one of several
+    max_model_len    context in tokens; None: the model's own, fitted down to memory
+    max_num_seqs     sequences that run at once
+    max_num_batched_tokens   tokens computed in one step; longer prompts go in chunks
+    block_size       KV slots a block; None: what measured best on the device
+    gpu_memory_utilization   share of the device's memory for weights and KV cache; also on CPU,
+                     where the KV cache is at most 4 GiB unless kv_cache_memory_bytes says more
+    kv_cache_memory_bytes    exact budget of the KV cache instead
+    num_kv_blocks    exact number of blocks instead (tests, simulations)
+    enable_prefix_caching    reuse the KV blocks of equal prefixes
+    enforce_eager    never capture CUDA graphs
+    async_scheduling plan step N+1 while step N runs
+    attention_backend  "auto" or the name of one
+    load_format      "auto", or "dummy" for random weights in the model's shapes (benchmarks)
+    skip_tokenizer_init  prompts and outputs are token ids only
+    seed             of requests that bring none, and of dummy weights
+    """
+
+    model: str = "demo"
+    dtype: str = "auto"
+    device: str = "auto"
+    max_model_len: int | None = None
+    max_num_seqs: int = 256
+    max_num_batched_tokens: int | None = None
+    block_size: int | None = None
+    gpu_memory_utilization: float = 0.9
+    kv_cache_memory_bytes: int | None = None
+    num_kv_blocks: int | None = None
+    enable_prefix_caching: bool = True
+    enforce_eager: bool = False
+    async_scheduling: bool = True
+    attention_backend: str = "auto"
+    load_format: str = "auto"
+    skip_tokenizer_init: bool = False
+    tensor_parallel_size: int = 1
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.model, (str, os.PathLike)) or not str(self.model):
+            raise ConfigError(f"model must be a directory or a hub name, got {self.model!r}")
+        object.__setattr__(self, "model", str(self.model))
+        self._check_choices()
+        self._check_counts()
+        share = self.gpu_memory_utilization
+        if not isinstance(share, (int, float)) or not math.isfinite(share) or not 0 < share <= 1:
+            raise ConfigError(f"gpu_memory_utilization must be in (0, 1], got {share!r}")
+        if self.tensor_parallel_size != 1:
+            raise ConfigError(
+                f"tensor_parallel_size={self.tensor_parallel_size} is not available: "
+                "this version runs a model on one device"
+            )
+
+    def _check_choices(self) -> None:
+        choices = (("dtype", DTYPES), ("device", DEVICES), ("load_format", LOAD_FORMATS))
+        for name, allowed in choices:
+            value = getattr(self, name)
+            if value not in allowed and not (name == "device" and _is_cuda_index(value)):
+                raise ConfigError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
+        for name in ("enable_prefix_caching", "enforce_eager", "async_scheduling"):
+            if not isinstance(getattr(self, name), bool):
+                raise ConfigError(f"{name} must be True or False, got {getattr(self, name)!r}")
+
+    def _check_counts(self) -> None:
+        _check_count("max_num_seqs", self.max_num_seqs)
+        for name in ("max_model_len", "max_num_batched_tokens", "kv_cache_memory_bytes"):
+            if getattr(self, name) is not None:
+                _check_count(name, getattr(self, name))
+        if self.num_kv_blocks is not None:
+            _check_count("num_kv_blocks", self.num_kv_blocks)
+        if self.block_size is not None:
+            _check_count("block_size", self.block_size)
+            if self.block_size % 8 or self.block_size > 256:
+                raise ConfigError(
+                    f"block_size must be a multiple of 8 up to 256, got {self.block_size}"
+                )
+        if not isinstance(self.seed, int) or isinstance(self.seed, bool):
+            raise ConfigError(f"seed must be an integer, got {self.seed!r}")
+
+    @classmethod
+    def from_kwargs(cls, **kwargs: Any) -> EngineConfig:
+        """The same as the constructor, but an unknown name is answered with the nearest one."""
+        known = [f.name for f in fields(cls)]
+        for name in kwargs:
+            if name not in known:
+                near = get_close_matches(name, known, 1)
+                hint = f"; did you mean {near[0]!r}?" if near else ""
+                raise ConfigError(f"unknown engine option {name!r}{hint}")
+        return cls(**kwargs)
+
+
+def _is_cuda_index(value: object) -> bool:
+    return isinstance(value, str) and value.startswith("cuda:") and value[5:].isdigit()

@@ -1,0 +1,99 @@
+"""What crosses between the scheduler and a rank: plans one way, results the other.
+
+Frozen, small, ordered. A plan holds only differences: new rows with their whole state, block ids
+appended to a row, rows freed, blocks to copy, and how many tokens each row computes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from nanovllm.sampling_params import SamplingParams
+
+
+@dataclass(frozen=True, slots=True)
+class NewRow:
+    """The whole state of a sequence that enters (or re-enters) a row.
+
+    token_ids are all known tokens, of which the first num_computed already have their KV in
+    block_ids; num_prompt_tokens separates prompt from output for penalties.
+    """
+
+    row: int
+    token_ids: tuple[int, ...]
+    num_prompt_tokens: int
+    num_computed: int
+    block_ids: tuple[int, ...]
+    params: SamplingParams
+    seed: int
+
+
+@dataclass(frozen=True, slots=True)
+class RowStep:
+    """Compute num_tokens more tokens of a row; sample one after them if `sample`.
+
+    new_block_ids are appended to the row's block table before the step. replaced_block, if set,
+    is (index in the block table, new block id): the copy-on-write of a shared block.
+    """
+
+    row: int
+    num_tokens: int
+    sample: bool
+    new_block_ids: tuple[int, ...] = ()
+    replaced_block: tuple[int, int] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class StepPlan:
+    """One step. Order of execution: freed_rows, new_rows, block_copies, then rows.
+
+    block_copies are (source, destination) block ids; all sources are read before any is written.
+    """
+
+    step_id: int
+    rows: tuple[RowStep, ...]
+    new_rows: tuple[NewRow, ...] = ()
+    freed_rows: tuple[int, ...] = ()
+    block_copies: tuple[tuple[int, int], ...] = ()
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(step.num_tokens for step in self.rows)
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprobs:
+    """Log-probabilities at one position: the token itself first, then the most likely ones.
+
+    rank is the token's own rank, 1 for the most likely.
+    """
+
+    token_id: int
+    logprob: float
+    rank: int
+    top: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class RowResult:
+    """What one row of a plan produced.
+
+    token_ids is empty if the row sampled nothing. prompt_logprobs, if they were asked for, are of
+    the prompt tokens from position prompt_start on whose predecessors this step computed. error
+    ends the row's sequence.
+    """
+
+    row: int
+    token_ids: tuple[int, ...] = ()
+    logprobs: tuple[TokenLogprobs, ...] = ()
+    prompt_logprobs: tuple[TokenLogprobs, ...] = ()
+    prompt_start: int = 0
+    error: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """Results in the order of the plan's rows."""
+
+    step_id: int
+    rows: tuple[RowResult, ...]
