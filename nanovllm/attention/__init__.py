@@ -1,0 +1,1 @@
+"""Attention over the paged KV cache: the seam, the reference, and the backends."""

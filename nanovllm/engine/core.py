@@ -11,7 +11,6 @@ import itertools
 from collections import deque
 from collections.abc import Callable
 from collections.abc import Sequence as TokenIds
-from concurrent.futures import Future
 from dataclasses import replace
 from hashlib import blake2b
 from typing import Protocol
@@ -23,12 +22,19 @@ from nanovllm.errors import EngineClosedError, InvalidRequestError
 from nanovllm.sampling_params import SamplingParams
 
 
+class StepFuture(Protocol):
+    """A submitted step."""
+
+    def result(self) -> StepResult:
+        """Waits for the step; raises what it raised. May be called again after an interrupt."""
+
+
 class Executor(Protocol):
     """Runs plans on the ranks, in the order in which they were submitted."""
 
     num_blocks: int
 
-    def submit(self, plan: StepPlan) -> Future[StepResult]: ...
+    def submit(self, plan: StepPlan) -> StepFuture: ...
 
     def close(self) -> None: ...
 
@@ -56,7 +62,7 @@ class EngineCore:
         self._depth = depth
         self._seed = seed
         self._clock = clock
-        self._in_flight: deque[Future[StepResult]] = deque()
+        self._in_flight: deque[StepFuture] = deque()
         self._groups: dict[str, list[Sequence]] = {}  # unfinished sequences of each request
         self._seq_ids = itertools.count()
         self._num_requests = 0

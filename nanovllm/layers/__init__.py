@@ -1,0 +1,1 @@
+"""Building blocks of models: linear methods, normalisation, rotary embedding, the operator set."""

@@ -1,0 +1,1 @@
+"""Model families: a config reader each, and the decoder that they share."""

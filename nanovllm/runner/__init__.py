@@ -1,0 +1,1 @@
+"""Tensors on one rank: rows, batches, the model's step, sampling, loading."""

@@ -1,0 +1,112 @@
+"""The architecture of a decoder, and how its parts are read from a Hugging Face config.json."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from nanovllm.errors import ModelLoadError, UnsupportedModelError
+from nanovllm.layers.rotary_embedding import ROPE_TYPES, RopeConfig
+
+
+@dataclass(frozen=True, slots=True)
+class DecoderConfig:
+    """What distinguishes the decoders that we run; sizes in elements.
+
+    sliding_windows has one entry a layer: None for full attention.
+    """
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    max_position: int
+    rms_norm_eps: float
+    rope: RopeConfig
+    tie_word_embeddings: bool
+    sliding_windows: tuple[int | None, ...]
+    qkv_bias: bool = False
+    o_bias: bool = False
+    mlp_bias: bool = False
+    qk_norm: bool = False
+
+
+def read_common(raw: Mapping[str, Any], **differences: Any) -> DecoderConfig:
+    """The fields that all families share. Raises ModelLoadError naming a missing one."""
+    try:
+        num_heads = raw["num_attention_heads"]
+        num_layers = raw["num_hidden_layers"]
+        fields: dict[str, Any] = {
+            "vocab_size": raw["vocab_size"],
+            "hidden_size": raw["hidden_size"],
+            "intermediate_size": raw["intermediate_size"],
+            "num_layers": num_layers,
+            "num_heads": num_heads,
+            "num_kv_heads": raw.get("num_key_value_heads") or num_heads,
+            "head_dim": raw.get("head_dim") or raw["hidden_size"] // num_heads,
+            "max_position": raw["max_position_embeddings"],
+            "rms_norm_eps": raw.get("rms_norm_eps", 1e-6),
+            "rope": read_rope(raw),
+            "tie_word_embeddings": bool(raw.get("tie_word_embeddings", False)),
+            "sliding_windows": (None,) * num_layers,
+        }
+    except KeyError as error:
+        raise ModelLoadError(f"config.json lacks {error.args[0]!r}") from None
+    if raw.get("hidden_act", "silu") != "silu":
+        raise UnsupportedModelError(f"hidden_act {raw['hidden_act']!r} is not known; known: silu")
+    return DecoderConfig(**(fields | differences))
+
+
+def read_rope(raw: Mapping[str, Any]) -> RopeConfig:
+    """Both spellings: rope_parameters (transformers 5), and rope_theta with rope_scaling."""
+    scaling = dict(raw.get("rope_parameters") or raw.get("rope_scaling") or {})
+    rope_type = scaling.get("rope_type") or scaling.get("type") or "default"
+    if rope_type not in ROPE_TYPES:
+        raise UnsupportedModelError(
+            f"rope type {rope_type!r} is not known; known: {', '.join(ROPE_TYPES)}"
+        )
+    theta = scaling.get("rope_theta", raw.get("rope_theta", 10000.0))
+    original = scaling.get("original_max_position_embeddings") or raw["max_position_embeddings"]
+    factor = scaling.get("factor") or raw["max_position_embeddings"] / original
+    return RopeConfig(
+        theta=float(theta),
+        rope_type=rope_type,
+        factor=float(factor),
+        original_max_position=original,
+        low_freq_factor=scaling.get("low_freq_factor", 1.0),
+        high_freq_factor=scaling.get("high_freq_factor", 4.0),
+        beta_fast=scaling.get("beta_fast") or 32.0,
+        beta_slow=scaling.get("beta_slow") or 1.0,
+        attention_factor=_yarn_attention_factor(scaling, factor),
+        truncate=scaling.get("truncate", True),
+    )
+
+
+def _yarn_attention_factor(scaling: Mapping[str, Any], factor: float) -> float:
+    given = scaling.get("attention_factor")
+    if given is not None:
+        return float(given)
+    mscale, all_dim = scaling.get("mscale"), scaling.get("mscale_all_dim")
+    if mscale and all_dim:
+        return _mscale(factor, mscale) / _mscale(factor, all_dim)
+    return _mscale(factor, 1.0)
+
+
+def _mscale(factor: float, mscale: float) -> float:
+    return 1.0 if factor <= 1 else 0.1 * mscale * math.log(factor) + 1.0
+
+
+def windows_of_layers(raw: Mapping[str, Any]) -> tuple[int | None, ...]:
+    """Qwen's way to say which layers slide: layer_types, or max_window_layers for older files."""
+    num_layers = raw["num_hidden_layers"]
+    window = raw.get("sliding_window") if raw.get("use_sliding_window") else None
+    types = raw.get("layer_types")
+    if types is None:
+        first = raw.get("max_window_layers", num_layers)
+        types = ["sliding_attention" if i >= first else "full_attention" for i in range(num_layers)]
+    return tuple(window if kind == "sliding_attention" else None for kind in types)

@@ -1,0 +1,139 @@
+"""Executes plans on one device: rows, batch, forward pass, sampling.
+
+A plan is executed without waiting for its result: what it sampled stays on the device as the next
+plan's input, and `PendingResult.wait` fetches it for the host. Knows no sequences and no queues.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from nanovllm.engine.plan import RowResult, StepPlan, StepResult, TokenLogprobs
+from nanovllm.models.decoder import Decoder
+from nanovllm.runner.batch import Batch, build_batch
+from nanovllm.runner.rows import RowState
+from nanovllm.runner.sampler import BadWords, Sampled, Sampler, token_logprobs
+
+# Logits of a long prompt are made in pieces, so that they never dominate memory.
+PROMPT_LOGPROB_ROWS = 128
+
+
+@dataclass(slots=True)
+class PendingResult:
+    """A step that was launched; `wait` blocks until its tokens are on the host."""
+
+    plan: StepPlan
+    sampled: Sampled | None
+    prompt_logprobs: dict[int, tuple[int, tuple[TokenLogprobs, ...]]]  # row -> (start, entries)
+
+    def wait(self) -> StepResult:
+        tokens = self.sampled.token_ids.tolist() if self.sampled else []
+        failed = self.sampled.failed.tolist() if self.sampled else []
+        results, index = [], 0
+        for step in self.plan.rows:
+            start, prompt = self.prompt_logprobs.get(step.row, (0, ()))
+            if not step.sample:
+                results.append(RowResult(step.row, prompt_logprobs=prompt, prompt_start=start))
+                continue
+            assert self.sampled is not None
+            logprobs = self.sampled.logprobs.get(index)
+            results.append(
+                RowResult(
+                    step.row,
+                    () if failed[index] else (tokens[index],),
+                    () if logprobs is None else (logprobs,),
+                    prompt,
+                    start,
+                    "the model's logits are not finite numbers" if failed[index] else None,
+                )
+            )
+            index += 1
+        return StepResult(self.plan.step_id, tuple(results))
+
+
+class ModelRunner:
+    """One model on one device, with its KV cache [layers, blocks, 2, G, slots, D]."""
+
+    def __init__(
+        self,
+        model: Decoder,
+        *,
+        device: torch.device,
+        dtype: torch.dtype,
+        num_blocks: int,
+        block_size: int,
+        max_num_seqs: int,
+        max_model_len: int,
+        stop_ids: tuple[int, ...] = (),
+        bad_words: BadWords | None = None,
+    ) -> None:
+        c = model.config
+        self.model = model
+        self.device = device
+        # Not zeroed: unused slots are never read, and untouched pages cost nothing on a CPU.
+        self.kv_cache = torch.empty(
+            (c.num_layers, num_blocks, 2, c.num_kv_heads, block_size, c.head_dim),
+            dtype=dtype,
+            device=device,
+        )
+        self.rows = RowState(max_num_seqs, max_model_len, block_size, device)
+        self._sampler = Sampler(self.rows, stop_ids, bad_words or BadWords())
+
+    @torch.inference_mode()
+    def execute(self, plan: StepPlan) -> PendingResult:
+        """Runs one plan; plans must come in the order in which the scheduler made them."""
+        self.rows.apply(plan)
+        batch = build_batch(plan, self.rows, self.device)
+        try:
+            self._copy_blocks(plan)
+            hidden = self.model.forward(batch.token_ids, batch.attention, self.kv_cache)
+            prompt_logprobs = dict(self._prompt_logprobs(plan, hidden))
+            sampled = self._sample(batch, hidden)
+        finally:
+            self.rows.advance(plan)
+        return PendingResult(plan, sampled, prompt_logprobs)
+
+    def _copy_blocks(self, plan: StepPlan) -> None:
+        if plan.block_copies:
+            sources, targets = zip(*plan.block_copies, strict=True)
+            self.kv_cache[:, list(targets)] = self.kv_cache[:, list(sources)]
+
+    def _sample(self, batch: Batch, hidden: Tensor) -> Sampled | None:
+        rows = batch.sample_rows
+        if not len(rows):
+            return None
+        logits = self.model.logits(hidden[batch.sample_positions])
+        sampled = self._sampler.sample(logits, rows)
+        on_device = torch.from_numpy(rows).to(self.device)
+        positions = torch.from_numpy(self.rows.num_tokens[rows]).to(self.device)
+        ends = positions < self.rows.tokens.shape[1]  # the context's last token has no slot
+        self.rows.tokens[on_device[ends], positions[ends]] = sampled.token_ids[ends].int()
+        return sampled
+
+    def _prompt_logprobs(
+        self, plan: StepPlan, hidden: Tensor
+    ) -> Iterator[tuple[int, tuple[int, tuple[TokenLogprobs, ...]]]]:
+        """(row, (position of the first entry, entries)) for the rows that asked."""
+        begin = 0
+        for step in plan.rows:
+            params = self.rows.params[step.row]
+            start = int(self.rows.num_computed[step.row]) + 1
+            stop = min(start + step.num_tokens, int(self.rows.num_prompt[step.row]))
+            if params is not None and params.prompt_logprobs is not None and start < stop:
+                rows = hidden[begin : begin + stop - start]
+                targets = self.rows.tokens[step.row, start:stop].long()
+                entries = self._logprobs_of(rows, targets, params.prompt_logprobs)
+                yield step.row, (start, tuple(entries))
+            begin += step.num_tokens
+
+    def _logprobs_of(self, hidden: Tensor, targets: Tensor, count: int) -> list[TokenLogprobs]:
+        found: list[TokenLogprobs] = []
+        for i in range(0, len(targets), PROMPT_LOGPROB_ROWS):
+            logits = self.model.logits(hidden[i : i + PROMPT_LOGPROB_ROWS])
+            piece = targets[i : i + PROMPT_LOGPROB_ROWS]
+            found += token_logprobs(logits, piece, [count] * len(piece))
+        return found
