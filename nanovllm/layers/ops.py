@@ -70,9 +70,7 @@ class TorchOps:
         cos, sin = cos_sin[positions].unsqueeze(1).chunk(2, dim=-1)  # [T, 1, D/2]
         for x in (q, k):
             first, second = x.float().chunk(2, dim=-1)
-            half = first.shape[-1]
-            x[..., :half] = first * cos - second * sin
-            x[..., half:] = second * cos + first * sin
+            x.copy_(torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1))
 
     def silu_mul(self, gate_up: Tensor) -> Tensor:
         gate, up = gate_up.chunk(2, dim=-1)

@@ -1,0 +1,171 @@
+"""The public API for asyncio: requests as asynchronous streams over an engine on its own thread.
+
+The thread owns the engine; coroutines send it commands and receive deltas. A stream that is left
+early, or whose task is cancelled, aborts its request.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import queue
+import threading
+from collections.abc import AsyncIterator, Callable, Sequence
+from typing import Any
+
+from nanovllm.build import EngineInfo, build_engine
+from nanovllm.config import EngineConfig
+from nanovllm.errors import EngineClosedError, NanoVLLMError
+from nanovllm.llm import Prompt, encode_prompt
+from nanovllm.outputs import Delta
+from nanovllm.requests import RequestTracker
+from nanovllm.sampling_params import SamplingParams
+from nanovllm.text.chat import Message
+from nanovllm.trace.events import Tracer
+
+Sink = Callable[[Delta | BaseException], None]
+Command = Callable[[], None]
+
+
+class AsyncLLM:
+    """`async for delta in llm.generate(...)`; takes the options of `EngineConfig` as keywords.
+
+    May be used from any event loop, and from several.
+    """
+
+    def __init__(
+        self, model: str = "demo", *, tracer: Tracer | None = None, **options: Any
+    ) -> None:
+        self._engine = build_engine(EngineConfig.from_kwargs(model=model, **options), tracer)
+        core = self._engine.core
+        self._tracker = RequestTracker(
+            self._engine.tokenizer, stop=lambda seq: core.stop(seq, "stop")
+        )
+        self._sinks: dict[str, Sink] = {}
+        self._ids = itertools.count()
+        self._commands: queue.SimpleQueue[Command] = queue.SimpleQueue()
+        self._closed = False
+        self._closing = threading.Lock()  # no command is queued after the last look at the queue
+        self._thread = threading.Thread(target=self._run, name="nanovllm-engine", daemon=True)
+        self._thread.start()
+
+    @property
+    def info(self) -> EngineInfo:
+        return self._engine.info
+
+    async def generate(
+        self,
+        prompt: Prompt,
+        sampling_params: SamplingParams | None = None,
+        *,
+        request_id: str | None = None,
+        priority: int = 0,
+        cache_salt: str = "",
+    ) -> AsyncIterator[Delta]:
+        """Yields what each step adds to the prompt's completions, until all have finished.
+
+        Raises InvalidRequestError before the first delta if the prompt cannot be served, and
+        EngineClosedError if the engine is closed meanwhile.
+        """
+        params = SamplingParams() if sampling_params is None else sampling_params
+        text, token_ids = encode_prompt(self._engine, prompt, params)
+        request_id = f"request-{next(self._ids)}" if request_id is None else request_id
+        loop = asyncio.get_running_loop()
+        deltas: asyncio.Queue[Delta | BaseException] = asyncio.Queue()
+
+        def sink(item: Delta | BaseException) -> None:
+            with contextlib.suppress(RuntimeError):  # the loop is closed: nobody listens
+                loop.call_soon_threadsafe(deltas.put_nowait, item)
+
+        def add() -> None:
+            sequences = self._engine.core.add(
+                request_id, token_ids, params, priority=priority, salt=cache_salt.encode()
+            )
+            self._tracker.add(request_id, text, token_ids, params, sequences)
+            self._sinks[request_id] = sink
+
+        self._submit(lambda: _report(add, sink))
+        unfinished = params.n
+        try:
+            while unfinished:
+                item = await deltas.get()
+                if isinstance(item, BaseException):
+                    unfinished = 0
+                    raise item
+                unfinished -= item.finish_reason is not None
+                yield item
+        finally:
+            if unfinished:
+                self._submit_quietly(lambda: self._abort(request_id))
+
+    def render_chat(self, messages: Sequence[Message], **options: Any) -> list[int]:
+        """The token ids of a conversation, with the model's own template."""
+        text = self._engine.chat_template.render(messages, **options)
+        assert self._engine.tokenizer is not None, "a template implies a tokenizer"
+        return self._engine.tokenizer.encode(text, add_special_tokens=False)
+
+    async def abort(self, request_id: str) -> None:
+        """Ends a request; its stream receives a last delta with finish_reason "abort"."""
+        self._submit(lambda: self._abort(request_id))
+
+    def close(self) -> None:
+        """Ends all streams with EngineClosedError and stops the thread. Safe to call twice."""
+        self._submit_quietly(self._stop)
+        self._thread.join()
+
+    # --- on the engine's thread -------------------------------------------------------------
+
+    def _run(self) -> None:
+        try:
+            while not self._closed:
+                self._obey(block=self._engine.core.is_finished)
+                for update in self._engine.core.step():
+                    delta = self._tracker.apply(update)
+                    if delta is not None:
+                        self._deliver(delta)
+        finally:
+            self._stop()
+            self._obey(block=False)
+            for sink in self._sinks.values():
+                sink(EngineClosedError("the engine was closed"))
+            self._engine.core.close()
+
+    def _obey(self, *, block: bool) -> None:
+        """Runs the commands that wait; with `block`, waits for one."""
+        if block:
+            self._commands.get()()
+        while not self._commands.empty():
+            self._commands.get()()
+
+    def _deliver(self, delta: Delta) -> None:
+        self._sinks[delta.request_id](delta)
+        if self._tracker.outputs[delta.request_id].finished:
+            self._sinks.pop(delta.request_id)
+            self._tracker.forget(delta.request_id)
+
+    def _abort(self, request_id: str) -> None:
+        for seq in self._engine.core.abort(request_id):
+            self._deliver(self._tracker.end(seq, "abort"))
+
+    def _stop(self) -> None:
+        with self._closing:
+            self._closed = True
+
+    def _submit(self, command: Command) -> None:
+        if not self._submit_quietly(command):
+            raise EngineClosedError("the engine is closed: make a new one")
+
+    def _submit_quietly(self, command: Command) -> bool:
+        """False if the engine is closed and will never run the command."""
+        with self._closing:
+            if not self._closed:
+                self._commands.put(command)
+            return not self._closed
+
+
+def _report(command: Command, sink: Sink) -> None:
+    try:
+        command()
+    except NanoVLLMError as error:
+        sink(error)

@@ -1,0 +1,257 @@
+"""The composition root: the only place that names concrete classes and puts an engine together.
+
+Chooses device, dtype, operators and attention backend, says why in one line each, loads the
+model, and sizes the KV cache to what is left.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from nanovllm.attention.base import AttentionBackend, AttentionSpec
+from nanovllm.attention.select import select_backend
+from nanovllm.config import EngineConfig
+from nanovllm.engine.block_manager import BlockManager
+from nanovllm.engine.core import EngineCore
+from nanovllm.engine.scheduler import Scheduler
+from nanovllm.errors import ConfigError, OutOfMemoryError
+from nanovllm.executor.inline import InlineExecutor
+from nanovllm.kernels import cpu_ops
+from nanovllm.layers.ops import Ops, TorchOps
+from nanovllm.model_files import ModelFiles, find_model
+from nanovllm.models import registry
+from nanovllm.models.config import DecoderConfig
+from nanovllm.models.decoder import Decoder
+from nanovllm.runner.loader import fill_dummy_weights, load_weights
+from nanovllm.runner.memory import CacheSize, fit_cache, free_memory
+from nanovllm.runner.model_runner import ModelRunner
+from nanovllm.runner.sampler import BadWords
+from nanovllm.text.chat import ChatTemplate
+from nanovllm.text.tokenizer import Tokenizer
+from nanovllm.trace.events import Tracer
+
+DEFAULT_BLOCK_SIZE = {"cpu": 32, "cuda": 32}
+DEFAULT_BATCHED_TOKENS = {"cpu": 512, "cuda": 8192}
+ONE_STEP_AHEAD = 2  # plans in flight: one runs, one waits for it
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """What was chosen, and why not something faster ("" if it is the fastest)."""
+
+    name: str
+    reason: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Platform:
+    """Where and how a model computes."""
+
+    device: torch.device
+    dtype: torch.dtype
+    ops: Ops
+    attention: AttentionBackend
+    choices: dict[str, Choice]
+
+
+@dataclass(frozen=True, slots=True)
+class EngineInfo:
+    """What building an engine found out. notes: one line for each limit that had to give way."""
+
+    model: str
+    device: str
+    dtype: str
+    choices: dict[str, Choice]
+    num_blocks: int
+    block_size: int
+    max_model_len: int
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    vocab_size: int
+    load_seconds: float
+    notes: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Engine:
+    """The parts that the public API works with; tokenizer is None if it was skipped."""
+
+    core: EngineCore
+    tokenizer: Tokenizer | None
+    chat_template: ChatTemplate
+    files: ModelFiles
+    info: EngineInfo
+
+
+def build_engine(config: EngineConfig, tracer: Tracer | None = None) -> Engine:
+    """Raises ConfigError, ModelLoadError or OutOfMemoryError; nothing is left behind then."""
+    started = time.monotonic()
+    files = find_model(config.model)
+    decoder = registry.read_config(files.config)
+    tokenizer = None if config.skip_tokenizer_init else files.tokenizer()
+    block_size = config.block_size or DEFAULT_BLOCK_SIZE[choose_device(config.device).type]
+    platform = choose_platform(config, decoder, block_size, files.config)
+    model = _load(config, decoder, platform, files.directory)
+    cache = fit_cache(
+        config,
+        decoder,
+        block_size=block_size,
+        dtype=platform.dtype,
+        free_bytes=free_memory(platform.device, config.gpu_memory_utilization),
+    )
+    num_seqs, num_tokens, notes = _step_limits(config, cache, platform.device)
+    model.finish_loading(platform.device, cache.max_model_len)
+    runner = _runner(model, platform, cache, block_size, num_seqs, files, tokenizer)
+    core = EngineCore(
+        Scheduler(
+            BlockManager(cache.num_blocks, block_size, config.enable_prefix_caching),
+            max_num_seqs=num_seqs,
+            max_num_batched_tokens=num_tokens,
+            max_model_len=cache.max_model_len,
+            eos_token_ids=frozenset(files.eos_token_ids()),
+            tracer=tracer,
+        ),
+        InlineExecutor(runner, cache.num_blocks),
+        vocab_size=decoder.vocab_size,
+        depth=ONE_STEP_AHEAD if config.async_scheduling else 1,
+        seed=config.seed,
+        clock=time.monotonic,
+    )
+    info = EngineInfo(
+        model=config.model,
+        device=str(platform.device),
+        dtype=str(platform.dtype).removeprefix("torch."),
+        choices=platform.choices,
+        num_blocks=cache.num_blocks,
+        block_size=block_size,
+        max_model_len=cache.max_model_len,
+        max_num_seqs=num_seqs,
+        max_num_batched_tokens=num_tokens,
+        vocab_size=decoder.vocab_size,
+        load_seconds=time.monotonic() - started,
+        notes=notes,
+    )
+    template = files.chat_template(tokenizer) if tokenizer else ChatTemplate(None, {})
+    return Engine(core, tokenizer, template, files, info)
+
+
+def choose_device(name: str) -> torch.device:
+    """Raises ConfigError if cuda was asked for and is not there."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device(name)
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ConfigError(f"device {name!r} is not there: torch sees {torch.cuda.device_count()}")
+    return device
+
+
+def choose_dtype(name: str, device: torch.device, model_config: dict[str, object]) -> torch.dtype:
+    """ "auto" is the model's own, but float32 on a CPU without bfloat16 arithmetic."""
+    if name != "auto":
+        return getattr(torch, name)
+    own = str(model_config.get("dtype") or model_config.get("torch_dtype") or "bfloat16")
+    if own not in ("float32", "float16", "bfloat16"):
+        own = "bfloat16"
+    if device.type == "cpu" and own != "float32":
+        own = "bfloat16" if cpu_has_bfloat16() else "float32"
+    return getattr(torch, own)
+
+
+def cpu_has_bfloat16() -> bool:
+    """Whether the CPU multiplies bfloat16 in hardware."""
+    return bool(torch.cpu._is_avx512_bf16_supported())
+
+
+def choose_platform(
+    config: EngineConfig, decoder: DecoderConfig, block_size: int, model_config: dict[str, object]
+) -> Platform:
+    """Raises ConfigError if a named attention backend cannot run here, with its reason."""
+    device = choose_device(config.device)
+    dtype = choose_dtype(config.dtype, device, model_config)
+    ops, ops_choice = choose_ops(device)
+    spec = AttentionSpec(
+        decoder.num_heads,
+        decoder.num_kv_heads,
+        decoder.head_dim,
+        block_size,
+        dtype,
+        device,
+        decoder.sliding_windows,
+    )
+    attention, reasons = select_backend(spec, config.attention_backend)
+    choices = {"ops": ops_choice, "attention": Choice(attention.name, "; ".join(reasons))}
+    return Platform(device, dtype, ops, attention, choices)
+
+
+def choose_ops(device: torch.device) -> tuple[Ops, Choice]:
+    """The fastest operators that run on device."""
+    if device.type != "cpu":
+        return TorchOps(), Choice("torch")
+    ops = cpu_ops.load()
+    if isinstance(ops, str):
+        return TorchOps(), Choice("torch", f"no C++ kernels: {ops}")
+    return ops, Choice(ops.name)
+
+
+def _load(
+    config: EngineConfig, decoder: DecoderConfig, platform: Platform, directory: Path
+) -> Decoder:
+    model = Decoder(decoder, platform.ops, platform.attention)
+    try:
+        if config.load_format == "dummy":
+            fill_dummy_weights(model, platform.dtype, platform.device, config.seed)
+        else:
+            load_weights(model, directory, platform.dtype, platform.device)
+    except torch.OutOfMemoryError as error:
+        raise OutOfMemoryError(
+            f"the weights do not fit on {platform.device}: {str(error).splitlines()[0]}; "
+            "a smaller model, dtype='bfloat16' or a larger device would help"
+        ) from None
+    return model
+
+
+def _step_limits(
+    config: EngineConfig, cache: CacheSize, device: torch.device
+) -> tuple[int, int, tuple[str, ...]]:
+    """(sequences, tokens) of a step at most, and the notes of everything fitted down."""
+    notes = list(cache.notes)
+    num_tokens = config.max_num_batched_tokens or DEFAULT_BATCHED_TOKENS[device.type]
+    num_seqs = min(config.max_num_seqs, cache.num_blocks)
+    if num_seqs < config.max_num_seqs:
+        notes.append(
+            f"max_num_seqs is {num_seqs} instead of {config.max_num_seqs}: "
+            f"there are {cache.num_blocks} KV blocks and a sequence needs one"
+        )
+    if num_seqs > num_tokens:
+        notes.append(
+            f"max_num_seqs is {num_tokens} instead of {num_seqs}: a step computes at most "
+            f"max_num_batched_tokens={num_tokens} tokens, one a sequence"
+        )
+        num_seqs = num_tokens
+    return num_seqs, num_tokens, tuple(notes)
+
+
+def _runner(
+    model: Decoder,
+    platform: Platform,
+    cache: CacheSize,
+    block_size: int,
+    max_num_seqs: int,
+    files: ModelFiles,
+    tokenizer: Tokenizer | None,
+) -> ModelRunner:
+    return ModelRunner(
+        model,
+        device=platform.device,
+        dtype=platform.dtype,
+        num_blocks=cache.num_blocks,
+        block_size=block_size,
+        max_num_seqs=max_num_seqs,
+        max_model_len=cache.max_model_len,
+        stop_ids=files.eos_token_ids(),
+        bad_words=BadWords(tokenizer.spellings if tokenizer else None),
+    )

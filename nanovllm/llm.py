@@ -1,0 +1,312 @@
+"""The public API for code that waits: `LLMEngine` step by step, `LLM` for whole calls.
+
+Thin: feeds the same engine as everything else. One thread at a time may use an instance.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from types import TracebackType
+from typing import Any, Self
+
+from tqdm import tqdm
+
+from nanovllm.build import Engine, EngineInfo, build_engine
+from nanovllm.config import EngineConfig
+from nanovllm.errors import InvalidRequestError
+from nanovllm.outputs import Delta, RequestOutput
+from nanovllm.requests import RequestTracker
+from nanovllm.sampling_params import SamplingParams
+from nanovllm.text.chat import Message
+from nanovllm.text.tokenizer import Tokenizer
+from nanovllm.trace.events import Tracer
+
+Prompt = str | Sequence[int]
+
+
+class LLMEngine:
+    """Requests in, steps, outputs out.
+
+    Takes the options of `EngineConfig` as keywords. Raises ConfigError for an unknown option,
+    ModelLoadError for a broken model directory, OutOfMemoryError if the model cannot fit.
+    """
+
+    def __init__(
+        self, model: str = "demo", *, tracer: Tracer | None = None, **options: Any
+    ) -> None:
+        self._engine = build_engine(EngineConfig.from_kwargs(model=model, **options), tracer)
+        core = self._engine.core
+        self._tracker = RequestTracker(
+            self._engine.tokenizer, stop=lambda seq: core.stop(seq, "stop")
+        )
+        self._ids = itertools.count()
+        self._unreported: dict[str, RequestOutput] = {}  # changed outside of `step`
+
+    @property
+    def info(self) -> EngineInfo:
+        """Device, dtype, backends and why, KV blocks, context, and what was fitted down."""
+        return self._engine.info
+
+    @property
+    def tokenizer(self) -> Tokenizer | None:
+        return self._engine.tokenizer
+
+    def add_request(
+        self,
+        prompt: Prompt,
+        sampling_params: SamplingParams | None = None,
+        *,
+        request_id: str | None = None,
+        priority: int = 0,
+        cache_salt: str = "",
+    ) -> str:
+        """Queues a prompt (text or token ids) and returns the request's id.
+
+        Requests with different cache_salt never share KV blocks; a lower priority value goes
+        first. Raises InvalidRequestError, with nothing queued, if it cannot be served.
+        """
+        params = SamplingParams() if sampling_params is None else sampling_params
+        if not isinstance(params, SamplingParams):
+            raise InvalidRequestError(f"sampling_params must be SamplingParams, got {params!r}")
+        text, token_ids = encode_prompt(self._engine, prompt, params)
+        request_id = f"request-{next(self._ids)}" if request_id is None else request_id
+        sequences = self._engine.core.add(
+            request_id, token_ids, params, priority=priority, salt=cache_salt.encode()
+        )
+        self._tracker.add(request_id, text, token_ids, params, sequences)
+        return request_id
+
+    def step(self) -> list[RequestOutput]:
+        """Advances the engine by one step; the requests that changed, with all they have so far."""
+        changed, self._unreported = self._unreported, {}
+        for delta in self._advance():
+            changed[delta.request_id] = self._tracker.outputs[delta.request_id]
+        for request_id, output in changed.items():
+            if output.finished:
+                self._tracker.forget(request_id)
+        return list(changed.values())
+
+    def is_finished(self) -> bool:
+        """Whether nothing is left to do."""
+        return self._engine.core.is_finished and not self._unreported
+
+    def abort(self, request_id: str) -> None:
+        """Ends a request; its KV blocks are free at once. An unknown id is ignored."""
+        for seq in self._engine.core.abort(request_id):
+            self._tracker.end(seq, "abort")
+            self._unreported[request_id] = self._tracker.outputs[request_id]
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        use_tqdm: bool = False,
+        **sampling: Any,
+    ) -> Any:
+        """Completes prompts; the outputs are in their order.
+
+        A single string (or list of token ids) gives one RequestOutput, a list of prompts a list.
+        Sampling options may be given as keywords instead of SamplingParams. Raises
+        InvalidRequestError before anything runs if any of the prompts cannot be served. When
+        interrupted, the prompts' requests are aborted and the engine stays usable.
+        """
+        single = isinstance(prompts, str) or _is_token_ids(prompts)
+        batch: list[Prompt] = [prompts] if single else list(prompts)  # type: ignore[list-item, arg-type]
+        params = _params_for(batch, sampling_params, sampling)
+        for prompt, p in zip(batch, params, strict=True):
+            self._engine.core.validate(encode_prompt(self._engine, prompt, p)[1], p)
+        outputs: list[RequestOutput] = []
+        try:
+            for prompt, p in zip(batch, params, strict=True):
+                request_id = self.add_request(prompt, p)
+                outputs.append(self._tracker.outputs[request_id])
+            with _Progress(len(outputs), disable=not use_tqdm) as progress:
+                while not all(output.finished for output in outputs):
+                    progress.update(self._advance_all(), outputs)
+        finally:
+            self._release(outputs)
+        return outputs[0] if single else outputs
+
+    def stream(
+        self, prompt: Prompt, sampling_params: SamplingParams | None = None, **sampling: Any
+    ) -> Iterator[Delta]:
+        """Completes one prompt and yields what each step adds.
+
+        With n > 1 the deltas of the completions alternate: `delta.index` tells them apart.
+        Leaving the loop early aborts the request.
+        """
+        params = _params_for([prompt], sampling_params, sampling)[0]
+        request_id = self.add_request(prompt, params)
+        return self._stream(self._tracker.outputs[request_id])
+
+    def _stream(self, output: RequestOutput) -> Iterator[Delta]:
+        try:
+            while not output.finished:
+                for delta in self._advance_all():
+                    if delta.request_id == output.request_id:
+                        yield delta
+        finally:
+            self._release([output])
+
+    def _advance(self) -> list[Delta]:
+        """One step of the engine; the deltas of all requests."""
+        deltas = (self._tracker.apply(update) for update in self._engine.core.step())
+        return [delta for delta in deltas if delta is not None]
+
+    def _advance_all(self) -> list[Delta]:
+        """One step on behalf of one call; what others asked for is reported by `step` later."""
+        deltas = self._advance()
+        for delta in deltas:
+            self._unreported[delta.request_id] = self._tracker.outputs[delta.request_id]
+        return deltas
+
+    def _release(self, outputs: list[RequestOutput]) -> None:
+        for output in outputs:
+            if not output.finished:
+                self.abort(output.request_id)
+            self._unreported.pop(output.request_id, None)
+            self._tracker.forget(output.request_id)
+
+    def close(self) -> None:
+        """Releases threads and memory; later calls raise EngineClosedError."""
+        self._engine.core.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+class LLM(LLMEngine):
+    """The same engine for whole calls: a progress bar by default, and chats."""
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        use_tqdm: bool = True,
+        **sampling: Any,
+    ) -> Any:
+        return super().generate(prompts, sampling_params, use_tqdm, **sampling)
+
+    generate.__doc__ = LLMEngine.generate.__doc__
+
+    def chat(
+        self,
+        messages: Sequence[Message] | Sequence[Sequence[Message]],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        use_tqdm: bool = False,
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        add_generation_prompt: bool = True,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+        **sampling: Any,
+    ) -> Any:
+        """Answers a conversation, or each of several; messages are {"role": ..., "content": ...}.
+
+        Raises InvalidRequestError if the model has no chat template, or it refuses the messages.
+        """
+        single = not messages or isinstance(messages[0], Mapping)
+        conversations: Any = [messages] if single else messages
+        prompts = [
+            self.render_chat(
+                conversation,
+                tools=tools,
+                add_generation_prompt=add_generation_prompt,
+                **(chat_template_kwargs or {}),
+            )
+            for conversation in conversations
+        ]
+        outputs = self.generate(prompts, sampling_params, use_tqdm, **sampling)
+        return outputs[0] if single else outputs
+
+    def render_chat(self, messages: Sequence[Message], **options: Any) -> list[int]:
+        """The token ids of a conversation, with the model's own template."""
+        if self.tokenizer is None:
+            raise InvalidRequestError("chat needs a tokenizer: skip_tokenizer_init is set")
+        text = self._engine.chat_template.render(messages, **options)
+        return self.tokenizer.encode(text, add_special_tokens=False)
+
+
+def encode_prompt(
+    engine: Engine, prompt: Prompt, params: SamplingParams
+) -> tuple[str | None, list[int]]:
+    """(text or None, token ids). Raises InvalidRequestError if prompt is neither."""
+    if engine.tokenizer is None and (params.stop or params.bad_words):
+        raise InvalidRequestError("stop strings and bad_words need a tokenizer")
+    if isinstance(prompt, str):
+        if engine.tokenizer is None:
+            raise InvalidRequestError("a text prompt needs a tokenizer: pass token ids")
+        try:
+            return prompt, engine.tokenizer.encode(prompt)
+        except UnicodeEncodeError as error:
+            raise InvalidRequestError(f"the prompt is not valid Unicode: {error}") from None
+    if not isinstance(prompt, Sequence) or isinstance(prompt, (bytes, bytearray)):
+        raise InvalidRequestError(f"a prompt must be a string or a list of token ids: {prompt!r}")
+    return None, list(prompt)
+
+
+def _is_token_ids(value: Any) -> bool:
+    return bool(value) and all(isinstance(item, int) for item in value)
+
+
+def _params_for(
+    prompts: list[Prompt],
+    given: SamplingParams | Sequence[SamplingParams] | None,
+    sampling: Mapping[str, Any],
+) -> list[SamplingParams]:
+    if given is not None and sampling:
+        raise InvalidRequestError(
+            f"give SamplingParams or keywords, not both (keywords: {', '.join(sampling)})"
+        )
+    if given is None:
+        given = SamplingParams.from_kwargs(**sampling)
+    if isinstance(given, SamplingParams):
+        return [given] * len(prompts)
+    params = list(given)
+    if len(params) != len(prompts):
+        raise InvalidRequestError(f"{len(prompts)} prompts but {len(params)} sampling_params")
+    return params
+
+
+class _Progress:
+    """A bar over prompts that shows the speed of prompt and output tokens."""
+
+    def __init__(self, total: int, *, disable: bool) -> None:
+        self._bar = tqdm(total=total, desc="Generating", disable=disable, dynamic_ncols=True)
+        self._num_output = 0
+        self._num_prompt = 0
+        self._started: set[str] = set()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.close()
+
+    def update(self, deltas: list[Delta], outputs: list[RequestOutput]) -> None:
+        if self._bar.disable:
+            return
+        by_id = {output.request_id: output for output in outputs}
+        for delta in deltas:
+            output = by_id.get(delta.request_id)
+            if output is None:
+                continue
+            self._num_output += len(delta.token_ids)
+            if delta.request_id not in self._started:
+                self._started.add(delta.request_id)
+                self._num_prompt += len(output.prompt_token_ids)
+        elapsed = max(self._bar.format_dict["elapsed"], 1e-9)
+        self._bar.set_postfix_str(
+            f"prefill {self._num_prompt / elapsed:.0f} tok/s, "
+            f"decode {self._num_output / elapsed:.0f} tok/s",
+            refresh=False,
+        )
+        self._bar.update(sum(output.finished for output in outputs) - self._bar.n)

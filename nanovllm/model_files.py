@@ -1,0 +1,77 @@
+"""Finds a model's directory and reads what is in it, weights excepted.
+
+A model is named by a directory in Hugging Face format, by one of the names that ship inside the
+package ("demo", "demo-draft"), or by a name on the Hugging Face hub, which is fetched.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from nanovllm.errors import ModelLoadError
+from nanovllm.text.chat import ChatTemplate
+from nanovllm.text.tokenizer import Tokenizer, read_json
+
+ASSETS = Path(__file__).parent / "assets"
+EMBEDDED = ("demo", "demo-draft")
+HUB_PATTERNS = ["*.json", "*.safetensors", "*.jinja"]
+
+
+@dataclass(frozen=True, slots=True)
+class ModelFiles:
+    """config is config.json; generation is generation_config.json, empty if there is none."""
+
+    directory: Path
+    config: dict[str, Any]
+    generation: dict[str, Any]
+
+    def tokenizer(self) -> Tokenizer:
+        return Tokenizer.from_directory(self.directory)
+
+    def chat_template(self, tokenizer: Tokenizer) -> ChatTemplate:
+        return ChatTemplate.from_directory(self.directory, tokenizer)
+
+    def eos_token_ids(self) -> tuple[int, ...]:
+        """All token ids that end a text, sorted."""
+        found: set[int] = set()
+        for source in (self.config, self.generation):
+            ids = source.get("eos_token_id")
+            found.update(ids if isinstance(ids, list) else [] if ids is None else [ids])
+        return tuple(sorted(found))
+
+
+def find_model(name: str) -> ModelFiles:
+    """Raises ModelLoadError saying what is missing, or why a hub name could not be fetched."""
+    directory = _directory(name)
+    config_path = directory / "config.json"
+    if not config_path.exists():
+        raise ModelLoadError(f"{directory} has no config.json: it is not a model directory")
+    generation = read_json(directory / "generation_config.json")
+    return ModelFiles(directory, read_json(config_path), generation)
+
+
+def _directory(name: str) -> Path:
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return path
+    if name in EMBEDDED:
+        return ASSETS / name
+    if path.exists():
+        raise ModelLoadError(f"{name} is a file; a model is a directory with config.json")
+    if path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
+        raise ModelLoadError(f"there is no directory {name}")
+    return _fetch(name)
+
+
+def _fetch(name: str) -> Path:
+    import huggingface_hub  # noqa: PLC0415 - slow to import, and needed for hub names alone
+
+    try:
+        return Path(huggingface_hub.snapshot_download(name, allow_patterns=HUB_PATTERNS))
+    except Exception as error:  # network, permission, unknown name: one sentence for each
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ModelLoadError(
+            f"{name!r} is no directory here and could not be fetched from the hub: {reason}"
+        ) from None

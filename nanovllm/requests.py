@@ -1,0 +1,173 @@
+"""Requests as users see them: token updates become text, deltas and outputs.
+
+Sits between the engine, which knows token ids, and the public API. Pure host code.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from nanovllm.engine.plan import TokenLogprobs
+from nanovllm.engine.scheduler import SequenceUpdate
+from nanovllm.engine.sequence import Sequence
+from nanovllm.outputs import CompletionOutput, Delta, Logprob, RequestMetrics, RequestOutput
+from nanovllm.sampling_params import SamplingParams
+from nanovllm.text.detokenizer import IncrementalDetokenizer, StopStrings
+from nanovllm.text.tokenizer import Tokenizer
+
+
+@dataclass(slots=True)
+class _Completion:
+    """The text side of one sequence; detokenizer is None where no text is wanted."""
+
+    output: CompletionOutput
+    detokenizer: IncrementalDetokenizer | None
+    stops: StopStrings
+
+
+class RequestTracker:
+    """Owns the outputs of unfinished requests.
+
+    `stop` is called with a sequence whose text has reached a stop string.
+    """
+
+    def __init__(self, tokenizer: Tokenizer | None, stop: Callable[[Sequence], object]) -> None:
+        self._tokenizer = tokenizer
+        self._stop = stop
+        self.outputs: dict[str, RequestOutput] = {}
+        self._completions: dict[int, _Completion] = {}  # by sequence id
+
+    def add(
+        self,
+        request_id: str,
+        prompt: str | None,
+        prompt_token_ids: list[int],
+        params: SamplingParams,
+        sequences: list[Sequence],
+    ) -> RequestOutput:
+        completions = [CompletionOutput(index=seq.index) for seq in sequences]
+        text = self._tokenizer is not None and params.detokenize
+        for seq, output in zip(sequences, completions, strict=True):
+            if params.logprobs is not None:
+                output.logprobs, output.cumulative_logprob = [], 0.0
+            detokenizer = IncrementalDetokenizer(self._tokenizer) if text else None  # type: ignore[arg-type]
+            stops = StopStrings(params.stop or (), include=params.include_stop_str_in_output)
+            self._completions[seq.seq_id] = _Completion(output, detokenizer, stops)
+        request = RequestOutput(request_id, prompt, prompt_token_ids, completions)
+        if params.prompt_logprobs is not None:
+            request.prompt_logprobs = [None] * len(prompt_token_ids)
+        self.outputs[request_id] = request
+        return request
+
+    def apply(self, update: SequenceUpdate) -> Delta | None:
+        """What the update adds to its request, or None if it adds nothing."""
+        seq = update.seq
+        completion = self._completions[seq.seq_id]
+        self._take_prompt_logprobs(seq, update)
+        if not update.token_ids and update.finish_reason is None:
+            return None
+        text, stop = self._text_of(completion, update)
+        reason: str | None = update.finish_reason
+        stop_reason: str | int | None = update.stop_token_id
+        if stop is not None:
+            reason, stop_reason = "stop", stop
+            self._stop(seq)
+        return self._emit(seq, completion, update, text, reason, stop_reason)
+
+    def end(self, seq: Sequence, reason: str) -> Delta:
+        """The last delta of a sequence that was ended from outside."""
+        completion = self._completions[seq.seq_id]
+        update = SequenceUpdate(seq, finish_reason=reason)
+        text, _ = self._text_of(completion, update)
+        return self._emit(seq, completion, update, text, reason, None)
+
+    def forget(self, request_id: str) -> None:
+        """Drops a finished request."""
+        self.outputs.pop(request_id, None)
+
+    def _emit(
+        self,
+        seq: Sequence,
+        completion: _Completion,
+        update: SequenceUpdate,
+        text: str,
+        reason: str | None,
+        stop_reason: str | int | None,
+    ) -> Delta:
+        output = completion.output
+        logprobs = tuple(self._readable(entry) for entry in update.logprobs) or None
+        output.text += text
+        output.token_ids += update.token_ids
+        if output.logprobs is not None:
+            output.logprobs += logprobs or ()
+            output.cumulative_logprob += sum(e.logprob for e in update.logprobs)  # type: ignore[operator]
+        if reason is not None:
+            output.finish_reason, output.stop_reason = reason, stop_reason
+            output.error = update.error
+            output.metrics = _metrics(seq)
+            del self._completions[seq.seq_id]
+        return Delta(
+            seq.request_id,
+            seq.index,
+            text,
+            update.token_ids,
+            reason,
+            stop_reason,
+            logprobs,
+            output.metrics,
+            update.error,
+        )
+
+    def _text_of(self, completion: _Completion, update: SequenceUpdate) -> tuple[str, str | None]:
+        """(new text, the stop string that was found)."""
+        if completion.detokenizer is None:
+            return "", None
+        token_ids = update.token_ids
+        if update.finish_reason == "stop":
+            token_ids = token_ids[:-1]  # the end token is not part of the text
+        new = completion.detokenizer.push(token_ids)
+        min_tokens = update.seq.params.min_tokens
+        if update.seq.num_output_tokens < min_tokens and update.finish_reason is None:
+            return completion.stops.skip(new), None
+        text, stop = completion.stops.push(new)
+        if stop is None and update.finish_reason is not None:
+            rest, stop = completion.stops.push(completion.detokenizer.flush())
+            text += rest
+            if stop is None:
+                text += completion.stops.flush()
+        return text, stop
+
+    def _take_prompt_logprobs(self, seq: Sequence, update: SequenceUpdate) -> None:
+        request = self.outputs.get(seq.request_id)
+        if request is None or request.prompt_logprobs is None:
+            return
+        for position, entry in enumerate(update.prompt_logprobs, update.prompt_start):
+            request.prompt_logprobs[position] = self._readable(entry)
+
+    def _readable(self, entry: TokenLogprobs) -> dict[int, Logprob]:
+        found = {
+            token_id: Logprob(logprob, rank, self._token_text(token_id))
+            for rank, (token_id, logprob) in enumerate(entry.top, 1)
+        }
+        own = Logprob(entry.logprob, entry.rank, self._token_text(entry.token_id))
+        return {entry.token_id: own} | found | {entry.token_id: own}
+
+    def _token_text(self, token_id: int) -> str | None:
+        return None if self._tokenizer is None else self._tokenizer.token_text(token_id)
+
+
+def _metrics(seq: Sequence) -> RequestMetrics:
+    stats = seq.stats
+    end = stats.finished if stats.finished is not None else stats.arrival
+    first = stats.first_token if stats.first_token is not None else end
+    scheduled = stats.first_scheduled if stats.first_scheduled is not None else end
+    return RequestMetrics(
+        queue_time=scheduled - stats.arrival,
+        time_to_first_token=first - stats.arrival,
+        total_time=end - stats.arrival,
+        num_prompt_tokens=seq.num_prompt_tokens,
+        num_cached_tokens=stats.num_cached_tokens,
+        num_generated_tokens=seq.num_output_tokens,
+        num_preemptions=stats.num_preemptions,
+    )

@@ -1,0 +1,115 @@
+"""Chat messages to a prompt, with the model's own Jinja template in a sandbox.
+
+The environment is the one that model authors test against (Hugging Face's documentation of chat
+templates): immutable sandbox, trimmed blocks, `raise_exception`, `strftime_now`, `tojson` without
+HTML escapes, loop controls, and `{% generation %}` marks that render as nothing.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, NoReturn
+
+import jinja2
+import jinja2.ext
+import jinja2.nodes
+import jinja2.parser
+import jinja2.sandbox
+
+from nanovllm.errors import InvalidRequestError
+from nanovllm.text.tokenizer import Tokenizer, read_json
+
+Message = Mapping[str, Any]
+
+
+class _Generation(jinja2.ext.Extension):
+    """Renders the body of {% generation %} blocks, which only matter in training."""
+
+    tags = {"generation"}  # noqa: RUF012 - jinja2's own interface
+
+    def parse(self, parser: jinja2.parser.Parser) -> list[jinja2.nodes.Node]:
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
+def _raise(message: str) -> NoReturn:
+    raise jinja2.TemplateError(message)
+
+
+def _to_json(value: Any, indent: int | None = None, **options: Any) -> str:
+    options.setdefault("ensure_ascii", False)
+    return json.dumps(value, indent=indent, **options)
+
+
+def _now(pattern: str) -> str:
+    return datetime.datetime.now().strftime(pattern)
+
+
+@lru_cache(maxsize=16)
+def _compile(source: str) -> jinja2.Template:
+    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
+        trim_blocks=True,
+        lstrip_blocks=True,
+        extensions=[jinja2.ext.loopcontrols, _Generation],
+    )
+    environment.filters["tojson"] = _to_json
+    environment.globals |= {"raise_exception": _raise, "strftime_now": _now}
+    return environment.from_string(source)
+
+
+class ChatTemplate:
+    """Renders messages; `source` is None for a model that has no template."""
+
+    def __init__(self, source: str | None, special_tokens: Mapping[str, str]) -> None:
+        self.source = source
+        self._special_tokens = dict(special_tokens)
+
+    @classmethod
+    def from_directory(cls, directory: Path, tokenizer: Tokenizer) -> ChatTemplate:
+        """chat_template.jinja, chat_template.json, or the field of tokenizer_config.json."""
+        path = directory / "chat_template.jinja"
+        source: Any = path.read_text(encoding="utf-8") if path.exists() else None
+        if source is None:
+            source = read_json(directory / "chat_template.json").get("chat_template")
+        if source is None:
+            source = tokenizer.config.get("chat_template")
+        if isinstance(source, list):  # several by name; "default" is the one for chat
+            named = {entry["name"]: entry["template"] for entry in source}
+            source = named.get("default")
+        return cls(source, tokenizer.special_tokens())
+
+    def render(
+        self,
+        messages: Sequence[Message],
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        add_generation_prompt: bool = True,
+        **variables: Any,
+    ) -> str:
+        """The prompt text, special tokens written out.
+
+        Raises InvalidRequestError if there is no template, or the template refuses the messages.
+        """
+        if self.source is None:
+            raise InvalidRequestError("this model has no chat template: use generate()")
+        if not messages:
+            raise InvalidRequestError("messages must hold at least one message")
+        for message in messages:
+            if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
+                raise InvalidRequestError(f"a message must have a role: {message!r}")
+        try:
+            return _compile(self.source).render(
+                **self._special_tokens,
+                **variables,
+                messages=list(messages),
+                tools=list(tools) if tools else None,
+                documents=None,
+                add_generation_prompt=add_generation_prompt,
+            )
+        except (jinja2.TemplateError, TypeError, ValueError, KeyError) as error:
+            message = str(error) or type(error).__name__
+            raise InvalidRequestError(f"the chat template refused: {message}") from None

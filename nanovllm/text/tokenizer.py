@@ -1,0 +1,79 @@
+"""A model directory's tokenizer: text to ids and back. Immutable, safe to share."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Tokenizer as FastTokenizer
+
+from nanovllm.errors import ModelLoadError
+
+
+class Tokenizer:
+    """Wraps tokenizer.json; special tokens by name come from tokenizer_config.json."""
+
+    def __init__(self, fast: FastTokenizer, config: dict[str, Any]) -> None:
+        fast.no_padding()
+        fast.no_truncation()
+        self._fast = fast
+        self.config = config
+
+    @classmethod
+    def from_directory(cls, directory: Path) -> Tokenizer:
+        """Raises ModelLoadError if the directory has no usable tokenizer.json."""
+        path = directory / "tokenizer.json"
+        if not path.exists():
+            raise ModelLoadError(
+                f"{directory} has no tokenizer.json; with skip_tokenizer_init=True prompts and "
+                "outputs are token ids"
+            )
+        try:
+            fast = FastTokenizer.from_file(str(path))
+        except Exception as error:  # the library raises plain Exception
+            raise ModelLoadError(f"{path} cannot be read: {error}") from None
+        return cls(fast, read_json(directory / "tokenizer_config.json"))
+
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        return self._fast.encode(text, add_special_tokens=add_special_tokens).ids
+
+    def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
+        return self._fast.decode(token_ids, skip_special_tokens=skip_special_tokens)
+
+    def token_text(self, token_id: int) -> str:
+        """One token as it is reported beside its log-probability, special tokens included."""
+        return self._fast.decode([token_id], skip_special_tokens=False)
+
+    def spellings(self, word: str) -> list[tuple[int, ...]]:
+        """The token ids of a word at the start of a text and after a space."""
+        found = [tuple(self.encode(w, add_special_tokens=False)) for w in (word, " " + word)]
+        return [ids for ids in dict.fromkeys(found) if ids]
+
+    def token_id(self, token: str) -> int | None:
+        return self._fast.token_to_id(token)
+
+    def __len__(self) -> int:
+        return self._fast.get_vocab_size(with_added_tokens=True)
+
+    def special_tokens(self) -> dict[str, str]:
+        """bos_token, eos_token, ... as templates use them."""
+        found = {}
+        for name, value in self.config.items():
+            if name.endswith("_token") and value is not None:
+                found[name] = value["content"] if isinstance(value, dict) else value
+        return {name: value for name, value in found.items() if isinstance(value, str)}
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file, empty if there is none. Raises ModelLoadError if it is broken."""
+    if not path.exists():
+        return {}
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ModelLoadError(f"{path} is not JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise ModelLoadError(f"{path} must hold a JSON object")
+    return value
