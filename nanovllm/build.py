@@ -194,7 +194,7 @@ def choose_ops(device: torch.device) -> tuple[Ops, Choice]:
     ops = cpu_ops.load()
     if isinstance(ops, str):
         return TorchOps(), Choice("torch", f"no C++ kernels: {ops}")
-    return ops, Choice(ops.name)
+    return ops, Choice("c++")
 
 
 def _load(

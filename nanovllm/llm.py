@@ -250,7 +250,7 @@ def encode_prompt(
             raise InvalidRequestError(f"the prompt is not valid Unicode: {error}") from None
     if not isinstance(prompt, Sequence) or isinstance(prompt, (bytes, bytearray)):
         raise InvalidRequestError(f"a prompt must be a string or a list of token ids: {prompt!r}")
-    return None, list(prompt)
+    return None, [*prompt]
 
 
 def _is_token_ids(value: Any) -> bool:

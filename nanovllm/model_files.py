@@ -66,7 +66,7 @@ def _directory(name: str) -> Path:
 
 
 def _fetch(name: str) -> Path:
-    import huggingface_hub  # noqa: PLC0415 - slow to import, and needed for hub names alone
+    import huggingface_hub  # slow to import, and needed for hub names alone
 
     try:
         return Path(huggingface_hub.snapshot_download(name, allow_patterns=HUB_PATTERNS))

@@ -10,7 +10,7 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from difflib import get_close_matches
-from typing import Any
+from typing import Any, NoReturn
 
 from nanovllm.errors import InvalidRequestError
 
@@ -19,7 +19,7 @@ MAX_LOGPROBS = 20
 SEED_LIMIT = 2**63
 
 
-def _fail(name: str, value: object, allowed: str) -> None:
+def _fail(name: str, value: object, allowed: str) -> NoReturn:
     raise InvalidRequestError(f"{name} must be {allowed}, got {value!r}")
 
 
@@ -42,10 +42,10 @@ def _strings(name: str, value: object) -> tuple[str, ...]:
         return ()
     if not isinstance(items, Iterable):
         _fail(name, value, "a string or a list of strings")
-    items = tuple(items)  # type: ignore[arg-type]
-    if not all(isinstance(item, str) and item for item in items):
+    strings = tuple(items)
+    if not all(isinstance(item, str) and item for item in strings):
         _fail(name, value, "a string or a list of strings, none of them empty")
-    return items
+    return strings
 
 
 def _token_ids(name: str, value: object) -> tuple[int, ...]:
@@ -53,7 +53,7 @@ def _token_ids(name: str, value: object) -> tuple[int, ...]:
         return ()
     if isinstance(value, (str, bytes)) or not isinstance(value, Iterable):
         _fail(name, value, "a list of token ids")
-    items = tuple(value)  # type: ignore[arg-type]
+    items = tuple(value)
     for item in items:
         if not isinstance(item, int) or isinstance(item, bool) or item < 0:
             _fail(name, item, "a list of token ids (integers of at least 0)")
@@ -116,7 +116,9 @@ class SamplingParams:
         self._check_lengths()
         for name, read in (("stop", _strings), ("bad_words", _strings)):
             object.__setattr__(self, name, read(name, getattr(self, name)))
-        object.__setattr__(self, "stop_token_ids", _token_ids("stop_token_ids", self.stop_token_ids))
+        object.__setattr__(
+            self, "stop_token_ids", _token_ids("stop_token_ids", self.stop_token_ids)
+        )
         self._check_vocabulary_limits()
         for name in ("ignore_eos", "detokenize", "include_stop_str_in_output"):
             if not isinstance(getattr(self, name), bool):

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from nanovllm.attention.base import AttentionBackend, AttentionSpec
+from nanovllm.attention.cpu import CpuAttention
 from nanovllm.attention.torch_ref import TorchAttention
 from nanovllm.errors import ConfigError
 
-BACKENDS: tuple[type[AttentionBackend], ...] = (TorchAttention,)  # fastest first
+BACKENDS: tuple[type[AttentionBackend], ...] = (CpuAttention, TorchAttention)  # fastest first
 
 
 def select_backend(spec: AttentionSpec, name: str = "auto") -> tuple[AttentionBackend, list[str]]:

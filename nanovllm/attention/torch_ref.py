@@ -9,6 +9,9 @@ Shape legend: T tokens, S sequences, H query heads, G KV heads, R = H / G, D hea
 
 from __future__ import annotations
 
+from itertools import pairwise
+from typing import ClassVar
+
 import torch
 from torch import Tensor
 
@@ -21,7 +24,7 @@ MAX_GATHERED_SLOTS = 1 << 16
 class TorchAttention:
     """Any device, dtype, head size, block size and window."""
 
-    name = "torch"
+    name: ClassVar[str] = "torch"
 
     @classmethod
     def unsupported(cls, spec: AttentionSpec) -> str | None:
@@ -30,7 +33,7 @@ class TorchAttention:
     def plan(self, batch: AttentionBatch) -> None:
         """Splits rows into groups that share one gather: (rows, query starts, query length)."""
         starts = batch.cu_q_lens.tolist()
-        lens = [end - start for start, end in zip(starts, starts[1:], strict=False)]
+        lens = [end - start for start, end in pairwise(starts)]
         single = [row for row, n in enumerate(lens) if n == 1]
         group = max(1, MAX_GATHERED_SLOTS // max(1, batch.max_context_len))
         groups = [

@@ -266,7 +266,7 @@ class BlockManager:
 
 
 def _holds(content: _Content, parent: _Content | bytes, tokens: bytes) -> bool:
-    same_parent = content.parent is parent if isinstance(parent, _Content) else (
-        content.parent == parent
+    same_parent = (
+        content.parent is parent if isinstance(parent, _Content) else (content.parent == parent)
     )
     return same_parent and content.tokens == tokens

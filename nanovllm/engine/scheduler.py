@@ -374,7 +374,8 @@ class Scheduler:
         assert len(set(rows)) == len(rows), "two sequences share a row"
         assert not set(rows) & set(self._free_rows), "a used row is in the free list"
         for seq in self.waiting:
-            assert not seq.block_table and seq.row is None and seq.num_computed == 0
+            assert not seq.block_table, f"{seq} waits and owns blocks"
+            assert seq.row is None, f"{seq} waits and owns a row"
 
 
 def _order(seq: Sequence) -> tuple[int, int]:

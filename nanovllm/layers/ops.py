@@ -19,8 +19,6 @@ from torch import Tensor
 class Ops(Protocol):
     """Weights of `linear` and `embedding` are in the form that `pack` returned."""
 
-    name: str
-
     def pack(self, weight: Tensor) -> Any:
         """[N, K] into the form that `linear` and `embedding` read; may keep no reference."""
 
@@ -39,14 +37,24 @@ class Ops(Protocol):
     def rope(self, q: Tensor, k: Tensor, cos_sin: Tensor, positions: Tensor) -> None:
         """Rotates q and k [T, H, D] in place; cos_sin [max_pos, D] float32 holds cos | sin."""
 
+    def qk_norm_rope(
+        self,
+        q: Tensor,
+        k: Tensor,
+        q_weight: Tensor,
+        k_weight: Tensor,
+        eps: float,
+        cos_sin: Tensor,
+        positions: Tensor,
+    ) -> None:
+        """`rms_norm` of every head with weights [D], then `rope`, in place."""
+
     def silu_mul(self, gate_up: Tensor) -> Tensor:
         """silu(gate) * up: [T, 2 N] -> [T, N]"""
 
 
 class TorchOps:
     """Any device, any dtype."""
-
-    name = "torch"
 
     def pack(self, weight: Tensor) -> Tensor:
         return weight.contiguous()
@@ -71,6 +79,20 @@ class TorchOps:
         for x in (q, k):
             first, second = x.float().chunk(2, dim=-1)
             x.copy_(torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1))
+
+    def qk_norm_rope(
+        self,
+        q: Tensor,
+        k: Tensor,
+        q_weight: Tensor,
+        k_weight: Tensor,
+        eps: float,
+        cos_sin: Tensor,
+        positions: Tensor,
+    ) -> None:
+        q.copy_(self.rms_norm(q, q_weight, eps))
+        k.copy_(self.rms_norm(k, k_weight, eps))
+        self.rope(q, k, cos_sin, positions)
 
     def silu_mul(self, gate_up: Tensor) -> Tensor:
         gate, up = gate_up.chunk(2, dim=-1)

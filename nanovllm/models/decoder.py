@@ -79,7 +79,9 @@ class Decoder:
     def parameters(self) -> Iterator[Parameter]:
         """All parameters in the order in which they are best loaded."""
         c = self.config
-        yield Parameter(None, "embed", (("model.embed_tokens.weight", (c.vocab_size, c.hidden_size)),))
+        yield Parameter(
+            None, "embed", (("model.embed_tokens.weight", (c.vocab_size, c.hidden_size)),)
+        )
         for index in range(c.num_layers):
             yield from _block_parameters(c, index)
         yield Parameter(None, "final_norm", (("model.norm.weight", (c.hidden_size,)),))
@@ -134,10 +136,11 @@ class Decoder:
         c, ops = self.config, self.ops
         heads = block.qkv(hidden).view(-1, c.num_heads + 2 * c.num_kv_heads, c.head_dim)
         q, k, v = heads.split((c.num_heads, c.num_kv_heads, c.num_kv_heads), dim=1)
-        if block.q_norm is not None and block.k_norm is not None:
-            q = ops.rms_norm(q, block.q_norm, c.rms_norm_eps)
-            k = ops.rms_norm(k, block.k_norm, c.rms_norm_eps)
-        ops.rope(q, k, self.cos_sin, batch.positions)
+        if block.q_norm is None or block.k_norm is None:
+            ops.rope(q, k, self.cos_sin, batch.positions)
+        else:
+            norms = block.q_norm, block.k_norm, c.rms_norm_eps
+            ops.qk_norm_rope(q, k, *norms, self.cos_sin, batch.positions)
         out = self.attention.forward(
             q, k, v, kv_cache, batch, c.head_dim**-0.5, c.sliding_windows[index]
         )

@@ -49,9 +49,7 @@ def _assemble(
     return out
 
 
-def _check_names(
-    parameters: Iterable[Parameter], checkpoint: _Checkpoint, tied: bool
-) -> None:
+def _check_names(parameters: Iterable[Parameter], checkpoint: _Checkpoint, tied: bool) -> None:
     expected = {name: shape for p in parameters for name, shape in p.pieces}
     found = checkpoint.shapes
     ignored = {name for name in found if name.endswith(IGNORED_SUFFIXES)}
@@ -135,9 +133,7 @@ def _shapes(path: Path) -> Iterator[tuple[str, tuple[int, ...]]]:
         raise WeightsError(f"{path} cannot be read (truncated or damaged?): {error}") from None
 
 
-def fill_dummy_weights(
-    model: Decoder, dtype: torch.dtype, device: torch.device, seed: int
-) -> None:
+def fill_dummy_weights(model: Decoder, dtype: torch.dtype, device: torch.device, seed: int) -> None:
     """Random weights of deviation 0.02 and norms of one: the shapes of a model without its file."""
     generator = torch.Generator().manual_seed(seed)
     pool = (torch.randn(1 << 20, generator=generator) * 0.02).to(dtype).to(device)
@@ -163,5 +159,3 @@ class _Repeater:
         pool = self._pool.roll(self._offset)
         repeats = -(-size // len(pool))
         return pool.repeat(repeats)[:size].view(shape).contiguous()
-
-

@@ -141,7 +141,7 @@ class BadWords:
             assert self._encode is not None, "bad_words need a tokenizer"
             if len(self._cache) >= 256:
                 self._cache.clear()
-            found = (ids for word in words for ids in self._encode(word))  # type: ignore[misc]
+            found = (ids for word in words for ids in self._encode(word))
             self._cache[words] = list(dict.fromkeys(found))
         return self._cache[words]
 
@@ -154,7 +154,9 @@ def _pick(logits: Tensor, index: list[int]) -> Tensor:
     return logits if len(index) == len(logits) else logits[index]
 
 
-def uniform_numbers(seeds: NDArray[np.uint64], positions: NDArray[np.uint64]) -> NDArray[np.float64]:
+def uniform_numbers(
+    seeds: NDArray[np.uint64], positions: NDArray[np.uint64]
+) -> NDArray[np.float64]:
     """Numbers in [0, 1) from (seed, position): SplitMix64 (Steele et al. 2014) as a hash."""
     with np.errstate(over="ignore"):
         z = _splitmix64(seeds) ^ (positions * np.uint64(0x9E3779B97F4A7C15))

@@ -111,5 +111,5 @@ class ChatTemplate:
                 add_generation_prompt=add_generation_prompt,
             )
         except (jinja2.TemplateError, TypeError, ValueError, KeyError) as error:
-            message = str(error) or type(error).__name__
-            raise InvalidRequestError(f"the chat template refused: {message}") from None
+            reason = str(error) or type(error).__name__
+            raise InvalidRequestError(f"the chat template refused: {reason}") from None
