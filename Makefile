@@ -1,0 +1,39 @@
+# Two commands for a fresh machine: `make demo` answers a question, `make test` proves the rest.
+# Both create .venv with a CPU build of torch; for a GPU machine see README.md.
+
+PYTHON ?= python3
+BIN := .venv/bin
+QUESTION ?= What is a KV cache?
+
+.PHONY: demo test lint format lines clean
+
+.venv/.demo: pyproject.toml constraints-cpu.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints-cpu.txt -e .
+	touch $@
+
+.venv/.test: .venv/.demo
+	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints-cpu.txt -e '.[dev]'
+	touch $@
+
+demo: .venv/.demo
+	$(BIN)/nanovllm generate "$(QUESTION)"
+
+test: lint
+	$(BIN)/python -m pytest
+
+lint: .venv/.test
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports --no-logo
+
+format: .venv/.test
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+lines:
+	$(PYTHON) tools/count_lines.py
+
+clean:
+	rm -rf .venv build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
