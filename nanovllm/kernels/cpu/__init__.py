@@ -1,0 +1,1 @@
+"""C++ sources of the CPU kernels and the means to compile them at first use."""

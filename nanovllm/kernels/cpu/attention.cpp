@@ -1,0 +1,348 @@
+// Paged causal attention and the writes into its cache.
+//
+// A work unit is some query tokens of one sequence with all query heads of one KV head. It walks
+// the keys in tiles that begin at multiples of kKeys, with a running maximum and sum per row
+// (online softmax: Milakov and Gimelshein, arXiv:1805.02867). Tiles lie at fixed positions and a
+// tile without a visible key changes nothing, so a query's result depends on its context alone.
+#include <algorithm>
+#include <vector>
+
+#include "pack.h"
+#include "pool.h"
+
+namespace nanovllm {
+namespace {
+
+constexpr int kKeys = kTileVectors * kLanes;  // keys of a tile
+constexpr int kUnitRows = 96;                 // rows (token, query head) that share packed keys
+constexpr float kLowest = -1e30f;             // below any score, and finite: its differences are too
+constexpr long kSmallWork = 1 << 16;          // multiply-adds not worth a second thread
+
+// Keys at [block, 0], values at [block, 1]; each [head, slot, dim], contiguous in a block.
+struct Cache {
+  void* data;
+  long num_blocks;
+  long block_row;  // elements between blocks
+  long num_heads, block_size, dim;
+
+  long value_offset() const { return num_heads * block_size * dim; }
+  long slot(long block, long head, long offset) const {
+    return block * block_row + (head * block_size + offset) * dim;
+  }
+};
+
+struct Batch {
+  const int32_t* cu_q_lens;
+  const int32_t* context_lens;
+  const int32_t* block_tables;
+  long table_row;
+  long num_seqs;
+};
+
+template <class Kind>
+struct Attention {
+  using Element = typename Kind::Element;
+  using Act = typename Kind::Act;
+
+  Cache cache;
+  Batch batch;
+  const Element* q;
+  long q_row;
+  long num_heads;
+  float scale;
+  long window;  // 0: all of the context
+  Element* out;
+
+  struct Unit {
+    int seq, begin, end;  // query tokens [begin, end) of the sequence
+  };
+
+  long group = num_heads / cache.num_heads;
+  long vectors = (cache.dim + kLanes - 1) / kLanes;
+  long padded = vectors * kLanes;
+  long query_row = panel_row<Kind>(cache.dim);
+
+  void run() {
+    std::vector<Unit> units;
+    long work = 0;
+    long tokens = std::max(1L, kUnitRows / group);
+    for (int seq = 0; seq < batch.num_seqs; seq++) {
+      int len = batch.cu_q_lens[seq + 1] - batch.cu_q_lens[seq];
+      for (long end = len; end > 0; end -= tokens) {
+        units.push_back({seq, static_cast<int>(std::max(0L, end - tokens)), static_cast<int>(end)});
+      }
+      work += static_cast<long>(len) * batch.context_lens[seq] * num_heads * cache.dim;
+    }
+    int count = static_cast<int>(units.size() * cache.num_heads);
+    auto attend = [&](int i) { Tile(*this, units[i / cache.num_heads], i % cache.num_heads).run(); };
+    if (work >= kSmallWork) return parallel_for(count, attend);
+    for (int i = 0; i < count; i++) attend(i);
+  }
+
+  // One unit for one KV head. Row r is token begin + r / group, query head r % group of the group.
+  struct Tile {
+    const Attention& a;
+    Unit unit;
+    long head;
+    long first_position;
+    Panels panels;
+    Act* queries;
+    Act* weights;  // of the softmax, one panel
+    char* keys;
+    char* values;
+    float* scores;  // one panel
+    float* sums;    // [rows][padded]: values times weights
+    float* highest;
+    float* total;
+
+    Tile(const Attention& a, Unit unit, long head)
+        : a(a), unit(unit), head(head), panels((unit.end - unit.begin) * a.group) {
+      int len = a.batch.cu_q_lens[unit.seq + 1] - a.batch.cu_q_lens[unit.seq];
+      first_position = a.batch.context_lens[unit.seq] - len + unit.begin;
+      carve();
+      load_queries();
+      std::fill(sums, sums + panels.rows * a.padded, 0.0f);
+      std::fill(highest, highest + panels.rows, kLowest);
+      std::fill(total, total + panels.rows, 0.0f);
+    }
+
+    void carve() {
+      long bytes[] = {panels.rows * a.query_row * long(sizeof(Act)),
+                      kTileRows * kSlab * long(sizeof(Act)),
+                      num_steps<Kind>(a.cache.dim) * kTileVectors * Kind::kBytes,
+                      num_steps<Kind>(kKeys) * a.vectors * Kind::kBytes,
+                      kTileRows * kKeys * 4L,
+                      panels.rows * a.padded * 4,
+                      panels.rows * 4,
+                      panels.rows * 4};
+      char* parts[8];
+      long offset = 0;
+      for (long& size : bytes) offset += size = (size + 63) / 64 * 64;
+      char* next = static_cast<char*>(scratch(Slot::kTile, offset));
+      for (int i = 0; i < 8; next += bytes[i++]) parts[i] = next;
+      queries = reinterpret_cast<Act*>(parts[0]);
+      weights = reinterpret_cast<Act*>(parts[1]);
+      keys = parts[2];
+      values = parts[3];
+      scores = reinterpret_cast<float*>(parts[4]);
+      sums = reinterpret_cast<float*>(parts[5]);
+      highest = reinterpret_cast<float*>(parts[6]);
+      total = reinterpret_cast<float*>(parts[7]);
+    }
+
+    long position(long row) const { return first_position + row / a.group; }
+    long first_key(long row) const {
+      return a.window > 0 ? std::max(0L, position(row) - a.window + 1) : 0;
+    }
+    // The query (or output) of a row begins at this many elements, tokens `stride` apart.
+    long row_offset(long row, long stride) const {
+      long token = a.batch.cu_q_lens[unit.seq] + unit.begin + row / a.group;
+      return token * stride + (head * a.group + row % a.group) * a.cache.dim;
+    }
+
+    void load_queries() {
+      for (long p = 0; p < panels.count; p++) {
+        long first = panels.first(p);
+        for (int r = 0; r < panels.size(p); r++) {
+          pack_row<Kind>(a.q + row_offset(first + r, a.q_row), a.cache.dim, r, panels.size(p),
+                         queries + first * a.query_row);
+        }
+      }
+    }
+
+    void run() {
+      long end = position(panels.rows - 1) + 1;
+      for (long key = first_key(0) / kKeys * kKeys; key < end; key += kKeys) {
+        pack_tile(key, end);
+        for (long p = 0; p < panels.count; p++) {
+          if (position(panels.first(p + 1) - 1) >= key) attend(p, key);
+        }
+      }
+      for (long row = 0; row < panels.rows; row++) finish(row);
+    }
+
+    // Keys [key, key + kKeys) and their values; zeros from `end` on, where slots may hold anything.
+    void pack_tile(long key, long end) {
+      alignas(64) static const Element zeros[256] = {};
+      const Element* base = static_cast<const Element*>(a.cache.data);
+      const int32_t* table = a.batch.block_tables + unit.seq * a.batch.table_row;
+      const Element* k[kKeys];
+      const Element* v[kKeys];
+      for (int i = 0; i < kKeys; i++) {
+        k[i] = v[i] = zeros;
+        if (key + i >= end) continue;
+        long block = table[(key + i) / a.cache.block_size];
+        k[i] = base + a.cache.slot(block, head, (key + i) % a.cache.block_size);
+        v[i] = k[i] + a.cache.value_offset();
+      }
+      long block_bytes = num_steps<Kind>(a.cache.dim) * Kind::kBytes;
+      for (int b = 0; b < kTileVectors; b++) {
+        pack_block<Kind>(k + b * kLanes, a.cache.dim, keys + b * block_bytes);
+      }
+      for (long s = 0; s < num_steps<Kind>(kKeys); s++) {
+        pack_value_step(v + s * Kind::kDepth, values + s * a.vectors * Kind::kBytes);
+      }
+    }
+
+    // One step of values: [vector][lane][depth].
+    void pack_value_step(const Element* const* v, char* step) {
+      for (long d = 0; d < a.cache.dim; d += kLanes, step += Kind::kBytes) {
+        int count = static_cast<int>(std::min<long>(kLanes, a.cache.dim - d));
+        if constexpr (Kind::kDepth == 1) {
+          Element part[kLanes] = {};
+          std::memcpy(part, v[0] + d, count * sizeof(Element));
+          std::memcpy(step, part, sizeof part);
+        } else {
+          // Widened bfloat16 is its bits in the upper half: shift the first of a pair down.
+          VecBits first = bit_cast<VecBits>(load_part(v[0] + d, count)) >> 16;
+          VecBits pair = first | bit_cast<VecBits>(load_part(v[1] + d, count));
+          std::memcpy(step, &pair, sizeof pair);
+        }
+      }
+    }
+
+    void attend(long p, long key) {
+      int rows = panels.size(p);
+      long first = panels.first(p);
+      long steps = num_steps<Kind>(a.cache.dim);
+      tile_rows<Kind, kTileVectors>(rows, {queries + first * a.query_row,
+                                           {keys, Kind::kBytes, steps * Kind::kBytes},
+                                           steps, scores, kKeys, true});
+      for (int r = 0; r < rows; r++) soften(first + r, key, scores + r * kKeys, weights + r * kSlab);
+      long step = a.vectors * Kind::kBytes;
+      Product<Kind> product{weights, {values, step, Kind::kBytes}, num_steps<Kind>(kKeys),
+                            sums + first * a.padded, a.padded, false};
+      long vector = 0;
+      for (; vector + kTileVectors <= a.vectors; vector += kTileVectors) {
+        tile_rows<Kind, kTileVectors>(rows, product);
+        product.weights.base += kTileVectors * Kind::kBytes;
+        product.out += kKeys;
+      }
+      for (; vector < a.vectors; vector++) {
+        tile_rows<Kind, 1>(rows, product);
+        product.weights.base += Kind::kBytes;
+        product.out += kLanes;
+      }
+    }
+
+    // Scores of one row -> e^(score - highest); rescales what the row had summed before.
+    void soften(long row, long key, const float* score, Act* weight) {
+      Vec s[kTileVectors];
+      Vec tops = splat(kLowest);
+      for (int v = 0; v < kTileVectors; v++) {
+        s[v] = masked(row, key + v * kLanes, load(score + v * kLanes) * splat(a.scale));
+        tops = max(s[v], tops);
+      }
+      float top = std::max(highest[row], largest(tops));
+      if (top > highest[row]) {
+        Vec factor = splat(exp(splat(highest[row] - top))[0]);
+        float* row_sums = sums + row * a.padded;
+        for (long i = 0; i < a.padded; i += kLanes) {
+          store(row_sums + i, load(row_sums + i) * factor);
+        }
+        total[row] *= factor[0];
+        highest[row] = top;
+      }
+      Vec tile_total{};
+      for (int v = 0; v < kTileVectors; v++) {
+        Vec e = exp(s[v] - splat(top));
+        tile_total += e;
+        store_weight(weight, v * kLanes, e);
+      }
+      total[row] += sum(tile_total);
+    }
+
+    static void store_weight(float* weight, int i, Vec e) { store(weight + i, e); }
+    static void store_weight(uint32_t* weight, int i, Vec e) {
+      store(reinterpret_cast<Bf16*>(weight) + i, e);
+    }
+
+    Vec masked(long row, long key, Vec score) const {
+      long last = position(row), first = first_key(row);
+      if (key >= first && key + kLanes - 1 <= last) return score;
+      VecInt lane;
+      for (int i = 0; i < kLanes; i++) lane[i] = i;
+      VecInt seen = (lane >= static_cast<int>(std::max(first - key, 0L))) &
+                    (lane <= static_cast<int>(std::clamp(last - key, -1L, long(kLanes))));
+      return select(seen, score, splat(-INFINITY));
+    }
+
+    void finish(long row) {
+      Element* to = a.out + row_offset(row, a.num_heads * a.cache.dim);
+      Vec inverse = splat(1.0f / total[row]);
+      for (long d = 0; d < a.cache.dim; d += kLanes) {
+        int count = static_cast<int>(std::min<long>(kLanes, a.cache.dim - d));
+        store_part(to + d, load(sums + row * a.padded + d) * inverse, count);
+      }
+    }
+  };
+};
+
+template <class Element>
+void store_kv(const Cache& cache, const Element* k, const Element* v, long k_row, long v_row,
+              const int64_t* slots, long count) {
+  Element* base = static_cast<Element*>(cache.data);
+  for (long t = 0; t < count; t++) {
+    long block = slots[t] / cache.block_size, offset = slots[t] % cache.block_size;
+    for (long head = 0; head < cache.num_heads; head++) {
+      Element* to = base + cache.slot(block, head, offset);
+      std::memcpy(to, k + t * k_row + head * cache.dim, cache.dim * sizeof(Element));
+      std::memcpy(to + cache.value_offset(), v + t * v_row + head * cache.dim,
+                  cache.dim * sizeof(Element));
+    }
+  }
+}
+
+// The first sequence whose context names a block outside the cache, or -1.
+long first_bad_sequence(const Cache& cache, const Batch& batch) {
+  for (long seq = 0; seq < batch.num_seqs; seq++) {
+    const int32_t* table = batch.block_tables + seq * batch.table_row;
+    long count = (batch.context_lens[seq] + cache.block_size - 1) / cache.block_size;
+    for (long i = 0; i < count; i++) {
+      if (table[i] < 0 || table[i] >= cache.num_blocks) return seq;
+    }
+  }
+  return -1;
+}
+
+}  // namespace
+
+extern "C" {
+
+// Returns the index of the first slot outside the cache, or -1 when all went well.
+long nanovllm_store_kv(int dtype, void* data, long num_blocks, long block_row, long num_heads,
+                       long block_size, long dim, const void* k, long k_row, const void* v,
+                       long v_row, const int64_t* slots, long count) {
+  Cache cache{data, num_blocks, block_row, num_heads, block_size, dim};
+  long bad = first_outside(slots, count, num_blocks * block_size);
+  if (bad >= 0) return bad;
+  with_element(dtype, [&](auto zero) {
+    using Element = decltype(zero);
+    store_kv(cache, static_cast<const Element*>(k), static_cast<const Element*>(v), k_row, v_row,
+             slots, count);
+  });
+  return -1;
+}
+
+// Returns the first sequence with a block outside the cache, or -1 when all went well.
+long nanovllm_attention(int dtype, void* data, long num_blocks, long block_row, long num_heads,
+                        long block_size, long dim, const int32_t* cu_q_lens,
+                        const int32_t* context_lens, const int32_t* block_tables, long table_row,
+                        long num_seqs, const void* q, long q_row, long num_q_heads, float scale,
+                        long window, void* out) {
+  Cache cache{data, num_blocks, block_row, num_heads, block_size, dim};
+  Batch batch{cu_q_lens, context_lens, block_tables, table_row, num_seqs};
+  long bad = first_bad_sequence(cache, batch);
+  if (bad >= 0) return bad;
+  with_element(dtype, [&](auto zero) {
+    using Element = decltype(zero);
+    using Kind = typename KindFor<Element>::Type;
+    Attention<Kind>{cache, batch, static_cast<const Element*>(q), q_row, num_q_heads, scale,
+                    window, static_cast<Element*>(out)}
+        .run();
+  });
+  return -1;
+}
+}
+
+}  // namespace nanovllm

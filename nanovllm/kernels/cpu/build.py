@@ -1,0 +1,142 @@
+"""Compiles the C++ sources beside this file into a shared library, once per machine.
+
+Knows compilers and the cache directory; knows nothing of tensors or of what the sources compute.
+The library's name is a hash of the sources, the flags, the compiler and the processor's
+instruction set, so a stale or foreign library is never loaded.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+SOURCE_DIR = Path(__file__).parent
+COMPILERS = ("g++", "c++", "clang++")
+FLAGS = ("-std=gnu++17", "-O3", "-fPIC", "-pthread", "-ffp-contract=fast", "-w")
+NATIVE_FLAGS = ("-march=native", "-mcpu=native", None)  # the first that the compiler takes
+
+
+class BuildError(Exception):
+    """The library cannot be had here; the message says why."""
+
+
+def build_library() -> Path:
+    """Path of the compiled library, compiling it if no cached one fits this machine.
+
+    Raises BuildError when there is no compiler or it fails.
+    """
+    compiler = find_compiler()
+    name = f"cpu-{_fingerprint(compiler)}.so"
+    directories = [directory for directory in _cache_dirs() if _is_trusted(directory)]
+    for directory in directories:
+        if (directory / name).exists():
+            return directory / name
+    for directory in directories:
+        if os.access(directory, os.W_OK):
+            return _compile(compiler, directory / name)
+    raise BuildError(
+        "no directory to compile the CPU kernels into: neither the cache directory "
+        "nor the temporary directory is writable by this user alone"
+    )
+
+
+def find_compiler() -> str:
+    for name in COMPILERS:
+        path = shutil.which(name)
+        if path is not None:
+            return os.path.realpath(path)
+    raise BuildError(f"no C++ compiler found (looked for {', '.join(COMPILERS)})")
+
+
+def _cache_dirs() -> list[Path]:
+    """Where the library may lie, best first."""
+    root = os.environ.get("XDG_CACHE_HOME")
+    home = Path(root) if root else Path(os.path.expanduser("~")) / ".cache"
+    user = os.getuid() if hasattr(os, "getuid") else 0
+    return [home / "nanovllm", Path(tempfile.gettempdir()) / f"nanovllm-{user}"]
+
+
+def _is_trusted(directory: Path) -> bool:
+    """Whether the directory exists (or could be made) and is ours: what lies there is executed."""
+    try:
+        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        info = directory.stat()
+    except OSError:
+        return False
+    return not hasattr(os, "getuid") or (info.st_uid == os.getuid() and not info.st_mode & 0o002)
+
+
+def _sources() -> list[Path]:
+    return sorted(path for path in SOURCE_DIR.iterdir() if path.suffix in (".cpp", ".h"))
+
+
+def _fingerprint(compiler: str) -> str:
+    digest = hashlib.sha256()
+    for path in _sources():
+        digest.update(path.name.encode() + b"\0" + path.read_bytes())
+    binary = os.stat(compiler)
+    facts = (FLAGS, NATIVE_FLAGS, compiler, binary.st_size, binary.st_mtime_ns, _instruction_set())
+    digest.update(repr(facts).encode())
+    return digest.hexdigest()[:20]
+
+
+def _instruction_set() -> str:
+    """The processor's features as the kernel lists them, else its name."""
+    try:
+        with open("/proc/cpuinfo") as info:
+            for line in info:
+                if line.startswith(("flags", "Features")):
+                    return line
+    except OSError:
+        pass
+    return f"{platform.machine()} {platform.processor()}"
+
+
+def _compile(compiler: str, library: Path) -> Path:
+    """Compiles each source in a process of its own, links, and renames into place."""
+    with tempfile.TemporaryDirectory(dir=library.parent) as scratch:
+        native = _native_flag(compiler)
+        command = [compiler, *FLAGS, *([native] if native else [])]
+        objects, jobs = [], []
+        for source in _sources():
+            if source.suffix == ".cpp":
+                objects.append(str(Path(scratch, source.stem + ".o")))
+                jobs.append(_start([*command, "-c", str(source), "-o", objects[-1]]))
+        _finish(jobs)
+        output = Path(scratch, "library.so")
+        _finish([_start([*command, "-shared", *objects, "-o", str(output)])])
+        os.replace(output, library)
+    return library
+
+
+def _native_flag(compiler: str) -> str | None:
+    for flag in NATIVE_FLAGS:
+        if flag is None:
+            break
+        probe = [compiler, flag, "-x", "c++", "-fsyntax-only", os.devnull]
+        if subprocess.run(probe, capture_output=True, check=False).returncode == 0:
+            return flag
+    return None
+
+
+def _start(command: list[str]) -> subprocess.Popen[str]:
+    try:
+        return subprocess.Popen(
+            command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+        )
+    except OSError as error:
+        raise BuildError(f"{command[0]} does not start: {error}") from error
+
+
+def _finish(jobs: list[subprocess.Popen[str]]) -> None:
+    """Waits for all jobs, then raises BuildError for the first that failed."""
+    errors = [job.communicate()[1].strip().splitlines() for job in jobs]
+    for job, lines in zip(jobs, errors, strict=True):
+        if job.returncode != 0:
+            first = next((line for line in lines if "error" in line), lines[0] if lines else "")
+            raise BuildError(f"the C++ compiler failed (exit {job.returncode}): {first}")

@@ -1,0 +1,110 @@
+// Layouts that the tile kernel reads: weights in blocks of kLanes columns, activations in panels.
+//
+// A packed weight [N, K] is ceil(N / kLanes) blocks; a block is ceil(K / kDepth) steps of one
+// vector: its kLanes columns, each with kDepth consecutive values of k, zeros where N or K ends.
+#pragma once
+
+#include "tile.h"
+
+namespace nanovllm {
+
+// 32-bit words: to[i * kLanes + j] = from[j][i] for i < count, j < kLanes.
+inline void transpose(const uint32_t* const* from, uint32_t* to, int count) {
+#if defined(__AVX512F__)
+  if (count == 16) {
+    __m512i a[16], b[16];
+    for (int i = 0; i < 16; i++) a[i] = _mm512_loadu_si512(from[i]);
+    for (int i = 0; i < 16; i += 2) {
+      b[i] = _mm512_unpacklo_epi32(a[i], a[i + 1]);
+      b[i + 1] = _mm512_unpackhi_epi32(a[i], a[i + 1]);
+    }
+    for (int i = 0; i < 16; i += 4) {
+      for (int j = 0; j < 2; j++) {
+        a[i + 2 * j] = _mm512_unpacklo_epi64(b[i + j], b[i + j + 2]);
+        a[i + 2 * j + 1] = _mm512_unpackhi_epi64(b[i + j], b[i + j + 2]);
+      }
+    }
+    for (int i = 0; i < 4; i++) {  // a[4 q + i], 128-bit lane l: row i of columns 4 q .. of lane l
+      __m512i low = _mm512_shuffle_i32x4(a[i], a[4 + i], 0x88);
+      __m512i high = _mm512_shuffle_i32x4(a[8 + i], a[12 + i], 0x88);
+      __m512i low_odd = _mm512_shuffle_i32x4(a[i], a[4 + i], 0xdd);
+      __m512i high_odd = _mm512_shuffle_i32x4(a[8 + i], a[12 + i], 0xdd);
+      _mm512_storeu_si512(to + (0 + i) * 16, _mm512_shuffle_i32x4(low, high, 0x88));
+      _mm512_storeu_si512(to + (4 + i) * 16, _mm512_shuffle_i32x4(low_odd, high_odd, 0x88));
+      _mm512_storeu_si512(to + (8 + i) * 16, _mm512_shuffle_i32x4(low, high, 0xdd));
+      _mm512_storeu_si512(to + (12 + i) * 16, _mm512_shuffle_i32x4(low_odd, high_odd, 0xdd));
+    }
+    return;
+  }
+#endif
+  for (int i = 0; i < count; i++) {
+    for (int j = 0; j < kLanes; j++) to[i * kLanes + j] = from[j][i];
+  }
+}
+
+template <class Kind>
+constexpr long num_steps(long k) {
+  return (k + Kind::kDepth - 1) / Kind::kDepth;
+}
+
+// The Acts of one row of a panel, whole slabs.
+template <class Kind>
+constexpr long panel_row(long k) {
+  return (num_steps<Kind>(k) + kSlab - 1) / kSlab * kSlab;
+}
+
+inline void copy_row(const float* x, long count, float* to) {
+  std::memcpy(to, x, count * sizeof(float));
+}
+
+inline void copy_row(const Bf16* x, long count, uint32_t* to) {
+  if (count % 2) to[count / 2] = 0;
+  std::memcpy(to, x, count * sizeof(Bf16));
+}
+
+template <class Narrow>
+void copy_row(const Narrow* x, long count, float* to) {
+  for (long i = 0; i < count; i += kLanes) {
+    int part = static_cast<int>(count - i < kLanes ? count - i : kLanes);
+    store_part(to + i, load_part(x + i, part), part);
+  }
+}
+
+// One row of length k -> row r of a panel of `rows` rows.
+template <class Kind>
+void pack_row(const typename Kind::Element* x, long k, int r, int rows, typename Kind::Act* panel) {
+  constexpr long kLength = kSlab * Kind::kDepth;
+  for (long i = 0; i < k; i += kLength) {
+    copy_row(x + i, k - i < kLength ? k - i : kLength, panel + r * kSlab);
+    panel += rows * kSlab;
+  }
+}
+
+// Columns given as kLanes row pointers of length k -> one block of weights.
+template <class Kind>
+void pack_block(const typename Kind::Element* const* columns, long k, char* block) {
+  constexpr int kWord = Kind::kDepth * sizeof(typename Kind::Element);
+  long step = 0;
+  if constexpr (kWord == 4) {
+    const uint32_t* from[kLanes];
+    uint32_t* to = reinterpret_cast<uint32_t*>(block);
+    for (; (step + kLanes) * Kind::kDepth <= k; step += kLanes) {
+      for (int j = 0; j < kLanes; j++) {
+        from[j] = reinterpret_cast<const uint32_t*>(columns[j] + step * Kind::kDepth);
+      }
+      transpose(from, to + step * kLanes, kLanes);
+    }
+  }
+  typename Kind::Element zero{};
+  auto* out = reinterpret_cast<typename Kind::Element*>(block) + step * kLanes * Kind::kDepth;
+  for (; step < num_steps<Kind>(k); step++) {
+    for (int j = 0; j < kLanes; j++) {
+      for (int d = 0; d < Kind::kDepth; d++) {
+        long i = step * Kind::kDepth + d;
+        *out++ = i < k ? columns[j][i] : zero;
+      }
+    }
+  }
+}
+
+}  // namespace nanovllm

@@ -1,0 +1,30 @@
+// A pool of threads that shares the chunks of one job. Knows nothing of what a chunk computes.
+//
+// The caller works too and never waits for a thread that has not begun a chunk, so a busy machine
+// costs speed and no more. A second caller, or the child of a fork, finds no free pool and runs
+// its chunks itself: same results, one thread.
+#pragma once
+
+namespace nanovllm {
+
+using ChunkFunction = void (*)(void* context, int chunk);
+
+void run_chunks(int num_chunks, ChunkFunction function, void* context);
+
+// The threads that work on a job, the caller's own included.
+int num_threads();
+
+// Calls body(chunk) once for every chunk in [0, num_chunks), in any order and on any thread.
+template <class Body>
+void parallel_for(int num_chunks, const Body& body) {
+  if (num_chunks == 1) return body(0);
+  auto call = [](void* context, int chunk) { (*static_cast<const Body*>(context))(chunk); };
+  run_chunks(num_chunks, call, const_cast<Body*>(&body));
+}
+
+// A buffer of this thread, at least `bytes` long, aligned to a cache line; `slot` tells the
+// buffers of one thread apart. The contents are lost at the next call with the same slot.
+enum class Slot { kActivations, kTile };
+void* scratch(Slot slot, unsigned long bytes);
+
+}  // namespace nanovllm
