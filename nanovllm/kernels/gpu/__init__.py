@@ -1,0 +1,1 @@
+"""Triton kernels: one file a family, each with its plain torch specification in the tests."""
