@@ -125,11 +125,11 @@ class BlockManager:
         """
         if not self.enable_prefix_caching:
             return
-        known = min(seq.num_computed, len(seq.token_ids))
-        first = known // self.block_size
+        full = min(seq.num_computed, len(seq.token_ids)) // self.block_size
+        first = full
         while first and self._contents[seq.block_table[first - 1]] is None:
             first -= 1
-        for index in range(first, known // self.block_size):
+        for index in range(first, full):
             self._register_block(seq, index)
 
     def _register_block(self, seq: Sequence, index: int) -> None:

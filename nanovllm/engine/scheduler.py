@@ -99,6 +99,7 @@ class Scheduler:
     def add(self, seq: Sequence) -> None:
         """Queues seq. Raises InvalidRequestError if it could never run here."""
         self.check(seq.num_prompt_tokens)
+        seq.max_tokens = self._limit(seq)
         insort(self.waiting, seq, key=_order)
 
     def check(self, num_prompt_tokens: int) -> None:
@@ -158,12 +159,11 @@ class Scheduler:
 
     def _need(self, seq: Sequence) -> int:
         """Tokens of seq that could be computed now; 0 if all that may exist do."""
-        if seq.num_tokens >= self._limit(seq):
-            return 0
-        return seq.num_tokens - seq.num_computed
+        num_tokens = seq.num_tokens
+        return 0 if num_tokens >= seq.max_tokens else num_tokens - seq.num_computed
 
     def _limit(self, seq: Sequence) -> int:
-        """Tokens after which seq ends: the last one is sampled, never computed."""
+        """Tokens, the prompt's included, after which seq ends."""
         limit = min(self.max_model_len, self.blocks.num_blocks * self.blocks.block_size)
         if seq.params.max_tokens is None:
             return limit
@@ -362,7 +362,7 @@ class Scheduler:
                 return "stop", None
             if token_id in params.stop_token_ids:
                 return "stop", token_id
-        if len(seq.token_ids) >= self._limit(seq):
+        if len(seq.token_ids) >= seq.max_tokens:
             return "length", None
         return None, None
 

@@ -45,6 +45,7 @@ class Sequence:
         "finish_reason",
         "fork_of",
         "index",
+        "max_tokens",
         "num_computed",
         "num_pending",
         "num_prompt_tokens",
@@ -84,6 +85,7 @@ class Sequence:
         self.fork_of = fork_of
         self.token_ids = list(prompt_token_ids)
         self.num_prompt_tokens = len(self.token_ids)
+        self.max_tokens = 0  # set when it is queued; the last one is sampled, never computed
         self.num_computed = 0
         self.num_pending = 0
         self.block_table: list[int] = []
