@@ -6,6 +6,7 @@ model, and sizes the KV cache to what is left.
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +28,7 @@ from nanovllm.models import registry
 from nanovllm.models.config import DecoderConfig
 from nanovllm.models.decoder import Decoder
 from nanovllm.runner.loader import fill_dummy_weights, load_weights
-from nanovllm.runner.memory import CacheSize, fit_cache, free_memory
+from nanovllm.runner.memory import CacheSize, check_weights_fit, fit_cache, free_memory
 from nanovllm.runner.model_runner import ModelRunner
 from nanovllm.runner.sampler import BadWords
 from nanovllm.text.chat import ChatTemplate
@@ -102,6 +103,7 @@ def build_engine(config: EngineConfig, tracer: Tracer | None = None) -> Engine:
         block_size=block_size,
         dtype=platform.dtype,
         free_bytes=free_memory(platform.device, config.gpu_memory_utilization),
+        on_cpu=platform.device.type == "cpu",
     )
     num_seqs, num_tokens, notes = _step_limits(config, cache, platform.device)
     model.finish_loading(platform.device, cache.max_model_len)
@@ -201,6 +203,8 @@ def _load(
     config: EngineConfig, decoder: DecoderConfig, platform: Platform, directory: Path
 ) -> Decoder:
     model = Decoder(decoder, platform.ops, platform.attention)
+    num_bytes = sum(math.prod(p.shape) for p in model.parameters()) * platform.dtype.itemsize
+    check_weights_fit(num_bytes, platform.device, config.gpu_memory_utilization)
     try:
         if config.load_format == "dummy":
             fill_dummy_weights(model, platform.dtype, platform.device, config.seed)

@@ -41,35 +41,56 @@ def fit_cache(
     block_size: int,
     dtype: torch.dtype,
     free_bytes: int,
+    on_cpu: bool,
 ) -> CacheSize:
     """Blocks within the budget, and the longest context that they hold.
 
-    free_bytes is what is left after the weights. Raises OutOfMemoryError if not even one block
-    fits, or fewer than an asked-for context needs.
+    free_bytes is what is left after the weights; on a CPU at most DEFAULT_CPU_KV_BYTES are taken
+    unless more were asked for. Raises OutOfMemoryError if not even one block fits.
     """
     size = block_bytes(model, block_size, dtype)
     wanted_len = engine.max_model_len or model.max_position
     useful = engine.max_num_seqs * -(-wanted_len // block_size)
-    if engine.num_kv_blocks is not None:
-        num_blocks = engine.num_kv_blocks
-    elif engine.kv_cache_memory_bytes is not None:
-        num_blocks = min(useful, engine.kv_cache_memory_bytes // size)
-    else:
-        num_blocks = min(useful, free_bytes // size)
+    asked = _blocks_asked_for(engine, size, useful, on_cpu)
+    num_blocks = min(asked, free_bytes // size)
     if num_blocks < 1:
         raise OutOfMemoryError(
             f"no room for a KV cache: one block of {block_size} slots needs {size / MIB:.1f} MiB, "
             f"{max(0, free_bytes) / MIB:.0f} MiB are free; a smaller model, dtype='bfloat16', or "
             "a higher gpu_memory_utilization would help"
         )
+    notes = []
+    if engine.num_kv_blocks is not None and num_blocks < asked:
+        notes.append(
+            f"the KV cache has {num_blocks} blocks instead of {asked}: "
+            f"{free_bytes / MIB:.0f} MiB are free, a block takes {size / MIB:.2f}"
+        )
     fits = num_blocks * block_size
-    if wanted_len <= fits:
-        return CacheSize(num_blocks, wanted_len)
-    note = (
-        f"max_model_len is {fits} instead of {wanted_len}: the KV cache holds {num_blocks} "
-        f"blocks of {block_size} slots ({num_blocks * size / MIB:.0f} MiB)"
-    )
-    return CacheSize(num_blocks, fits, (note,))
+    if wanted_len > fits:
+        notes.append(
+            f"max_model_len is {fits} instead of {wanted_len}: the KV cache holds {num_blocks} "
+            f"blocks of {block_size} slots ({num_blocks * size / MIB:.0f} MiB)"
+        )
+    return CacheSize(num_blocks, min(fits, wanted_len), tuple(notes))
+
+
+def _blocks_asked_for(engine: EngineConfig, size: int, useful: int, on_cpu: bool) -> int:
+    if engine.num_kv_blocks is not None:
+        return engine.num_kv_blocks
+    if engine.kv_cache_memory_bytes is not None:
+        return min(useful, engine.kv_cache_memory_bytes // size)
+    return min(useful, DEFAULT_CPU_KV_BYTES // size) if on_cpu else useful
+
+
+def check_weights_fit(num_bytes: int, device: torch.device, share: float) -> None:
+    """Raises OutOfMemoryError before anything is loaded if the weights cannot fit."""
+    free = free_memory(device, share)
+    if num_bytes > free:
+        raise OutOfMemoryError(
+            f"the weights need {num_bytes / MIB:.0f} MiB and {max(0, free) / MIB:.0f} MiB are "
+            f"free on {device}; a smaller model, a 16-bit dtype, or a higher "
+            "gpu_memory_utilization would help"
+        )
 
 
 def free_memory(device: torch.device, share: float) -> int:
@@ -77,8 +98,7 @@ def free_memory(device: torch.device, share: float) -> int:
     if device.type == "cuda":
         free, total = torch.cuda.mem_get_info(device)
         return int(min(free - CUDA_RESERVE_BYTES, total * share - (total - free)))
-    available = int(available_host_memory() * share) - CPU_RESERVE_BYTES
-    return min(DEFAULT_CPU_KV_BYTES, available)
+    return int(available_host_memory() * share) - CPU_RESERVE_BYTES
 
 
 def available_host_memory() -> int:
