@@ -57,6 +57,11 @@ class Tokenizer:
     def __len__(self) -> int:
         return self._fast.get_vocab_size(with_added_tokens=True)
 
+    def added_tokens(self) -> dict[str, bool]:
+        """Tokens that are found in a text before it is split, and whether each is special."""
+        added = self._fast.get_added_tokens_decoder().values()
+        return {token.content: token.special for token in added}
+
     def special_tokens(self) -> dict[str, str]:
         """bos_token, eos_token, ... as templates use them."""
         found = {}
