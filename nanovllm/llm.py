@@ -23,6 +23,7 @@ from nanovllm.text.tokenizer import Tokenizer
 from nanovllm.trace.events import Tracer
 
 Prompt = str | Sequence[int]
+EncodedPrompt = tuple[str | None, list[int]]  # text if there was one, token ids
 
 
 class LLMEngine:
@@ -69,13 +70,22 @@ class LLMEngine:
         params = SamplingParams() if sampling_params is None else sampling_params
         if not isinstance(params, SamplingParams):
             raise InvalidRequestError(f"sampling_params must be SamplingParams, got {params!r}")
-        text, token_ids = encode_prompt(self._engine, prompt, params)
+        encoded = encode_prompt(self._engine, prompt, params)
+        return self._add(encoded, params, request_id, priority, cache_salt.encode()).request_id
+
+    def _add(
+        self,
+        encoded: EncodedPrompt,
+        params: SamplingParams,
+        request_id: str | None = None,
+        priority: int = 0,
+        salt: bytes = b"",
+    ) -> RequestOutput:
+        text, token_ids = encoded
         request_id = f"request-{next(self._ids)}" if request_id is None else request_id
-        sequences = self._engine.core.add(
-            request_id, token_ids, params, priority=priority, salt=cache_salt.encode()
-        )
-        self._tracker.add(request_id, text, token_ids, params, sequences)
-        return request_id
+        core = self._engine.core
+        sequences = core.add(request_id, token_ids, params, priority=priority, salt=salt)
+        return self._tracker.add(request_id, text, token_ids, params, sequences)
 
     def step(self) -> list[RequestOutput]:
         """Advances the engine by one step; the requests that changed, with all they have so far."""
@@ -114,13 +124,14 @@ class LLMEngine:
         single = isinstance(prompts, str) or _is_token_ids(prompts)
         batch: list[Prompt] = [prompts] if single else list(prompts)  # type: ignore[list-item, arg-type]
         params = _params_for(batch, sampling_params, sampling)
-        for prompt, p in zip(batch, params, strict=True):
-            self._engine.core.validate(encode_prompt(self._engine, prompt, p)[1], p)
+        pairs = list(zip(batch, params, strict=True))
+        encoded = [encode_prompt(self._engine, prompt, p) for prompt, p in pairs]
+        for (_, token_ids), p in zip(encoded, params, strict=True):
+            self._engine.core.validate(token_ids, p)
         outputs: list[RequestOutput] = []
         try:
-            for prompt, p in zip(batch, params, strict=True):
-                request_id = self.add_request(prompt, p)
-                outputs.append(self._tracker.outputs[request_id])
+            for one, p in zip(encoded, params, strict=True):
+                outputs.append(self._add(one, p))  # one by one: an interrupt finds all of them
             with _Progress(len(outputs), disable=not use_tqdm) as progress:
                 while not all(output.finished for output in outputs):
                     progress.update(self._advance_all(), outputs)
@@ -134,13 +145,16 @@ class LLMEngine:
         """Completes one prompt and yields what each step adds.
 
         With n > 1 the deltas of the completions alternate: `delta.index` tells them apart.
-        Leaving the loop early aborts the request.
+        Errors are raised at once, work starts with the first delta; leaving the loop early
+        aborts the request.
         """
         params = _params_for([prompt], sampling_params, sampling)[0]
-        request_id = self.add_request(prompt, params)
-        return self._stream(self._tracker.outputs[request_id])
+        encoded = encode_prompt(self._engine, prompt, params)
+        self._engine.core.validate(encoded[1], params)
+        return self._stream(encoded, params)
 
-    def _stream(self, output: RequestOutput) -> Iterator[Delta]:
+    def _stream(self, encoded: EncodedPrompt, params: SamplingParams) -> Iterator[Delta]:
+        output = self._add(encoded, params)
         try:
             while not output.finished:
                 for delta in self._advance_all():
@@ -235,10 +249,8 @@ class LLM(LLMEngine):
         return self.tokenizer.encode(text, add_special_tokens=False)
 
 
-def encode_prompt(
-    engine: Engine, prompt: Prompt, params: SamplingParams
-) -> tuple[str | None, list[int]]:
-    """(text or None, token ids). Raises InvalidRequestError if prompt is neither."""
+def encode_prompt(engine: Engine, prompt: Prompt, params: SamplingParams) -> EncodedPrompt:
+    """Raises InvalidRequestError if prompt is neither."""
     if engine.tokenizer is None and (params.stop or params.bad_words):
         raise InvalidRequestError("stop strings and bad_words need a tokenizer")
     if isinstance(prompt, str):
