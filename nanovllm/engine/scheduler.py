@@ -16,7 +16,7 @@ import heapq
 import time
 from bisect import insort
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 from nanovllm.engine.block_manager import BlockManager
@@ -64,6 +64,11 @@ class _Draft:
     sequences: list[Sequence] = field(default_factory=list)
     new_rows: list[NewRow] = field(default_factory=list)
     block_copies: list[tuple[int, int]] = field(default_factory=list)
+
+    def num_tokens_of(self, seq: Sequence) -> int:
+        """Tokens that this step computes of seq; they cannot be copied in the same step."""
+        pairs = zip(self.rows, self.sequences, strict=True)
+        return sum(step.num_tokens for step, planned in pairs if planned is seq)
 
 
 class Scheduler:
@@ -211,7 +216,7 @@ class Scheduler:
         """Gives seq a row, cached blocks, and its first tokens of this step, if all fit."""
         parent = seq.fork_of
         if parent is not None and parent.status is Status.RUNNING:
-            if parent.num_computed < seq.num_prompt_tokens:
+            if parent.num_computed - draft.num_tokens_of(parent) < seq.num_prompt_tokens - 1:
                 return False  # its prompt is being computed: wait, and share the blocks
             self.blocks.fork(parent, seq, seq.num_prompt_tokens - 1)
         else:
@@ -318,16 +323,30 @@ class Scheduler:
         return updates
 
     def fail_step(self, error: str) -> list[SequenceUpdate]:
-        """Ends every sequence of the oldest plan in flight; forgets all cached content."""
+        """Ends every sequence of the oldest plan in flight; forgets all cached content.
+
+        Sequences that a later plan in flight started on shared blocks end too: the blocks may be
+        ones that this step should have filled.
+        """
         plan, sequences = self._in_flight.popleft()
-        updates = []
         for step, seq in zip(plan.rows, sequences, strict=True):
             seq.num_pending -= step.sample
+        failed = [*sequences, *self._started_on_shared_blocks()]
+        updates = []
+        for seq in failed:
             if seq.status is not Status.FINISHED:
                 self.finish(seq, "error")
                 updates.append(SequenceUpdate(seq, finish_reason="error", error=error))
         self.blocks.reset_prefix_cache()
         return updates
+
+    def _started_on_shared_blocks(self) -> Iterator[Sequence]:
+        """Sequences that the plans in flight started on blocks which others computed."""
+        for plan, sequences in self._in_flight:
+            rows = {new.row for new in plan.new_rows if new.num_computed}
+            for step, seq in zip(plan.rows, sequences, strict=True):
+                if step.row in rows:
+                    yield seq
 
     def _apply(self, seq: Sequence, row: RowResult) -> SequenceUpdate:
         if row.error is not None:
