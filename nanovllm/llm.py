@@ -10,12 +10,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Self
 
-from tqdm import tqdm
-
 from nanovllm.build import Engine, EngineInfo, build_engine
 from nanovllm.config import EngineConfig
 from nanovllm.errors import InvalidRequestError
 from nanovllm.outputs import Delta, RequestOutput
+from nanovllm.progress import Progress
 from nanovllm.requests import RequestTracker
 from nanovllm.sampling_params import SamplingParams
 from nanovllm.text.chat import Message
@@ -132,7 +131,7 @@ class LLMEngine:
         try:
             for one, p in zip(encoded, params, strict=True):
                 outputs.append(self._add(one, p))  # one by one: an interrupt finds all of them
-            with _Progress(len(outputs), disable=not use_tqdm) as progress:
+            with Progress(len(outputs), disable=not use_tqdm) as progress:
                 while not all(output.finished for output in outputs):
                     progress.update(self._advance_all(), outputs)
         finally:
@@ -286,39 +285,3 @@ def _params_for(
     if len(params) != len(prompts):
         raise InvalidRequestError(f"{len(prompts)} prompts but {len(params)} sampling_params")
     return params
-
-
-class _Progress:
-    """A bar over prompts that shows the speed of prompt and output tokens."""
-
-    def __init__(self, total: int, *, disable: bool) -> None:
-        self._bar = tqdm(total=total, desc="Generating", disable=disable, dynamic_ncols=True)
-        self._num_output = 0
-        self._num_prompt = 0
-        self._started: set[str] = set()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._bar.close()
-
-    def update(self, deltas: list[Delta], outputs: list[RequestOutput]) -> None:
-        if self._bar.disable:
-            return
-        by_id = {output.request_id: output for output in outputs}
-        for delta in deltas:
-            output = by_id.get(delta.request_id)
-            if output is None:
-                continue
-            self._num_output += len(delta.token_ids)
-            if delta.request_id not in self._started:
-                self._started.add(delta.request_id)
-                self._num_prompt += len(output.prompt_token_ids)
-        elapsed = max(self._bar.format_dict["elapsed"], 1e-9)
-        self._bar.set_postfix_str(
-            f"prefill {self._num_prompt / elapsed:.0f} tok/s, "
-            f"decode {self._num_output / elapsed:.0f} tok/s",
-            refresh=False,
-        )
-        self._bar.update(sum(output.finished for output in outputs) - self._bar.n)
