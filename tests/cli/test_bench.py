@@ -1,0 +1,164 @@
+"""`nanovllm bench`: the workloads are the stated ones, the roof is right, reports are complete."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from nanovllm.bench import shapes, workloads
+from nanovllm.bench.report import table
+from nanovllm.bench.roofline import Ceilings, Work, layer_parameters, work_of
+from nanovllm.models import registry
+
+PARAMETERS = {  # as published, in millions, embeddings included (twice if untied)
+    "smollm-135m": 134.5,
+    "qwen3-0.6b": 596,
+    "qwen3-1.7b": 1721,
+    "qwen3-4b": 4022,
+    "qwen3-8b": 8191,
+    "qwen3-14b": 14768,
+    "qwen3-32b": 32762,
+    "llama-3.2-1b": 1236,
+    "llama-3.1-8b": 8030,
+}
+
+
+def test_the_nano_workload_is_the_known_one() -> None:
+    (case,) = workloads.nano()
+    assert len(case.requests) == 256
+    assert case.num_prompt_tokens == 142_827
+    assert case.num_output_tokens == 133_966
+    assert case.temperature == 0.6
+
+
+def test_workloads_are_the_same_every_time() -> None:
+    for make in workloads.WORKLOADS.values():
+        assert make(3) == make(3)
+
+
+def test_sizes() -> None:
+    assert [len(case.requests) for case in workloads.batch()] == [1, 8, 32, 64, 128, 256]
+    assert [len(case.requests) for case in workloads.batch(40)] == [1, 8, 32]
+    (case,) = workloads.smollm()
+    assert len(case.requests) == 32
+    assert all(64 <= len(r.prompt) <= 512 and 32 <= r.max_tokens <= 256 for r in case.requests)
+    (case,) = workloads.prefill()
+    assert case.num_prompt_tokens == 32 * 2048
+
+
+def test_a_shared_prefix_is_shared_and_nothing_else() -> None:
+    (case,) = workloads.smollm(shared_prefix=384)
+    assert len({r.prompt[:384] for r in case.requests}) == 1
+    assert len({r.prompt[384:400] for r in case.requests}) == 32
+
+
+def test_repeats_share_no_prefix() -> None:
+    (case,) = workloads.smollm(8)
+    starts = [r.prompt[:1] for i in range(3) for r in case.shifted(i * 1009, 500).requests]
+    assert all(0 <= token < 500 for (token,) in starts)
+    first, second = case.shifted(0, 500), case.shifted(1009, 500)
+    assert all(
+        a.prompt[0] != b.prompt[0] for a, b in zip(first.requests, second.requests, strict=True)
+    )
+
+
+def test_scaling_keeps_requests() -> None:
+    (case,) = workloads.smollm(8, shared_prefix=100)
+    small = case.shortened(0.1)
+    assert len(small.requests) == 8
+    assert small.shared_prefix == 10
+    assert all(r.max_tokens >= 1 and len(r.prompt) >= 1 for r in case.shortened(1e-4).requests)
+
+
+@pytest.mark.parametrize("name", list(shapes.SHAPES))
+def test_shapes_have_the_published_number_of_parameters(name: str) -> None:
+    config = registry.read_config(shapes.find_shape(name))
+    embeddings = config.hidden_size * config.vocab_size * (1 if config.tie_word_embeddings else 2)
+    millions = (layer_parameters(config) + embeddings) / 1e6
+    assert millions == pytest.approx(PARAMETERS[name], rel=0.002)
+
+
+def test_the_roof_by_hand() -> None:
+    """One request of 3 in, 2 out on a model small enough to count."""
+    raw = shapes.find_shape("smollm-135m") | {
+        "hidden_size": 4, "intermediate_size": 5, "num_hidden_layers": 1, "head_dim": 2,
+        "num_attention_heads": 2, "num_key_value_heads": 1, "vocab_size": 10,
+    }  # fmt: skip
+    model = registry.read_config(raw)
+    layers = 4 * 4 + 2 * 4 * 2 + 4 * 4 + 3 * 4 * 5  # q, k and v, o, mlp
+    assert layer_parameters(model) == layers
+    case = workloads.Case("by hand", (workloads.Request((1, 2, 3), 2),))
+    assert work_of(case, model, 2, 256) == Work(
+        prefill_bytes=2 * (layers + 40),
+        prefill_ops=2 * layers * 3 + 2 * 40 + 4 * 2 * 2 * 9 // 2,
+        decode_bytes=2 * (layers + 40) + 2 * 2 * 2 * 4,  # one step over a context of 4
+        decode_ops=2 * (layers + 40) + 4 * 2 * 2 * 4,
+    )
+
+
+def test_a_shared_prefix_is_counted_once() -> None:
+    model = registry.read_config(shapes.find_shape("smollm-135m"))
+    (case,) = workloads.smollm(2, shared_prefix=384)
+    both = work_of(case, model, 2, 256)
+    alone = work_of(workloads.Case("none", case.requests), model, 2, 256)
+    assert alone.prefill_ops - both.prefill_ops > 2 * layer_parameters(model) * 384
+    assert alone.decode_bytes == both.decode_bytes
+
+
+def test_seconds_take_the_larger_limit_of_each_phase() -> None:
+    assert Work(10, 100, 20, 40).seconds(Ceilings(read=10, matmul=10)) == 10 + 4
+    assert Work(10, 100, 20, 40).seconds(Ceilings(read=1, matmul=100)) == 10 + 20
+
+
+def test_a_run_reports_everything(cli: Any, tiny: Path, tmp_path: Path) -> None:
+    file = tmp_path / "out.json"
+    line = ("bench", "batch", "first-token", "--num-requests", "2", "--scale", "0.02")
+    result = cli(*line, "--repeats", "2", "--model", tiny, "--json", file)
+    assert result.status == 0
+    assert "batch 1" in result.out
+    assert "of roof" in result.out
+    report = json.loads(file.read_text())
+    assert {"date", "command", "hardware", "versions", "engine", "ceilings"} <= set(report)
+    assert [r["case"] for r in report["results"]] == ["batch 1", "first token of 1000"]
+    first = report["results"][0]
+    assert len(first["seconds"]) == 2
+    assert first["value"] == pytest.approx(first["num_output_tokens"] * 2 / sum(first["seconds"]))
+    assert first["num_cached_tokens"] == 0
+
+
+def test_a_shape_needs_no_weights(cli: Any) -> None:
+    line = ("bench", "smollm", "--shape", "smollm-135m", "--num-requests", "1", "--scale", "0.01")
+    result = cli(*line, "--repeats", "1")
+    assert result.status == 0
+    assert "out tok/s" in result.out
+
+
+def test_shape_and_model_exclude_each_other(cli: Any, tiny: Path) -> None:
+    result = cli("bench", "nano", "--shape", "qwen3-8b", "--model", tiny)
+    assert result.status == 2
+    assert "not both" in result.err
+
+
+def test_what_does_not_fit_is_said_before_it_runs(cli: Any, tiny: Path) -> None:
+    result = cli("bench", "nano", "--model", tiny)
+    assert result.status == 2
+    assert "context of 256" in result.err
+
+
+def test_a_cold_start_is_measured_in_its_own_process(cli: Any, tiny: Path) -> None:
+    result = cli("bench", "cold-start", "--model", tiny, "--repeats", "1")
+    assert result.status == 0
+    assert "cold start" in result.out
+
+
+def test_a_failed_cold_start_says_why(cli: Any) -> None:
+    result = cli("bench", "cold-start", "--model", "./nowhere", "--repeats", "1")
+    assert result.status == 2
+    assert "no directory ./nowhere" in result.err
+
+
+def test_tables_line_up() -> None:
+    assert table([("a", "bb"), ("ccc", "d")]) == "a    bb\nccc   d"

@@ -1,0 +1,166 @@
+"""`nanovllm chat`: commands, context overflow, files, and a real terminal."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import pexpect
+import pytest
+
+from nanovllm.cli.chat import history_file
+from nanovllm.cli.conversation import ChatError, Conversation
+
+SHORT = ("--max-tokens", "8", "--ignore-eos")
+
+
+@pytest.fixture
+def talk(cli: Any, tiny: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """talk("line", ...) is the result of a chat with these lines of input."""
+
+    def run(*lines: str, flags: tuple[str, ...] = SHORT) -> Any:
+        monkeypatch.setattr("sys.stdin", io.StringIO("".join(line + "\n" for line in lines)))
+        return cli("chat", "--model", tiny, *flags)
+
+    return run
+
+
+def test_answers_on_stdout_and_the_rest_on_stderr(talk: Any) -> None:
+    result = talk("hello", "again")
+    assert result.status == 0
+    assert len(result.out) >= 2
+    assert result.err.count("8 tokens") == 2
+    assert "context" in result.err
+    assert "max_tokens=8 reached" in result.err
+
+
+def test_several_lines_are_one_message(talk: Any, tmp_path: Path) -> None:
+    talk("one \\", "two", '"""', "three", "", 'four"""', f"/save {tmp_path / 'c.json'}")
+    messages = json.loads((tmp_path / "c.json").read_text())["messages"]
+    assert [m["content"] for m in messages[::2]] == ["one \ntwo", "three\n\nfour"]
+
+
+def test_commands_answer(talk: Any) -> None:
+    result = talk("/help", "/system be brief", "/system", "/set top_p 0.5", "/stats", "/quit", "hi")
+    assert result.out == ""  # nothing after /quit
+    for words in ("/save FILE", "system: be brief", "top_p = 0.5", "0 answers", "KV cache"):
+        assert words in result.err
+
+
+WRONG = {
+    "/sytem x": "did you mean /system?",
+    "/xyzzy": "/help lists the commands",
+    "/set temprature 1": "did you mean temperature?",
+    "/set temp 1": "did you mean temperature?",
+    "/set top_p 7": "top_p must be a number in (0, 1]",
+    "/set top_p": "needs a value",
+    "/set n 2": "n stays 1",
+    "/set ignore_eos maybe": "true or false",
+    "/save": "needs a file name",
+    "/save /no/such/directory/x": "No such file",
+    "/load /no/such/file": "No such file",
+}
+
+
+def test_wrong_commands_are_answered_and_change_nothing(talk: Any) -> None:
+    result = talk(*WRONG, "hello")
+    assert [words for words in WRONG.values() if words not in result.err] == []
+    assert result.status == 0
+    assert "8 tokens" in result.err
+
+
+def test_a_saved_chat_goes_on(talk: Any, tmp_path: Path) -> None:
+    file = str(tmp_path / "chat.json")
+    talk("/system be", "/set temperature 0.5", "hello", f"/save {file}")
+    result = talk(f"/save {file}2", flags=("--load", file))
+    assert result.status == 0
+    before, after = (json.loads(Path(name).read_text()) for name in (file, file + "2"))
+    assert before == after
+    assert before["sampling"]["temperature"] == 0.5
+    assert [m["role"] for m in before["messages"]] == ["user", "assistant"]
+
+
+def test_a_file_that_is_no_chat_is_refused(talk: Any, tmp_path: Path) -> None:
+    for text in ("", "[]", '{"messages": [1]}', '{"messages": [], "sampling": {"top_p": 3}}'):
+        (tmp_path / "bad").write_text(text)
+        assert "holds no saved chat" in talk(f"/load {tmp_path / 'bad'}").err
+    assert talk("hi", flags=("--load", str(tmp_path / "bad"))).status == 1
+
+
+def test_clear_forgets(talk: Any, tmp_path: Path) -> None:
+    talk("hello", "/clear", f"/save {tmp_path / 'c'}")
+    assert json.loads((tmp_path / "c").read_text())["messages"] == []
+
+
+def test_a_full_context_drops_the_oldest_turns(talk: Any) -> None:
+    result = talk(*["tell me something long " * 2] * 4)
+    assert "oldest messages forgotten" in result.err
+    assert result.err.count("8 tokens") == 4
+
+
+def test_a_message_longer_than_the_context_is_refused(talk: Any) -> None:
+    result = talk("x" * 300, "short")
+    assert "does not fit" in result.err
+    assert "256" in result.err
+    assert result.err.count("8 tokens") == 1
+
+
+@pytest.mark.parametrize("num_messages", [1, 3, 5, 9])
+def test_fit_keeps_the_last_message(num_messages: int) -> None:
+    messages = [
+        {"role": "assistant" if i % 2 else "user", "content": "x" * 10} for i in range(num_messages)
+    ]
+    chat = Conversation({"max_tokens": 5}, "system", list(messages))
+    tokens, dropped = chat.fit(lambda m: [0] * sum(len(x["content"]) for x in m), 45)
+    assert len(tokens) + 5 <= 45
+    assert chat.messages == messages[dropped:]
+    assert chat.messages[-1] == messages[-1]
+    assert chat.messages[0]["role"] == "user"
+    assert dropped == max(0, num_messages - 3)
+
+
+def test_fit_refuses_what_cannot_fit() -> None:
+    chat = Conversation({}, None, [{"role": "user", "content": "x"}])
+    with pytest.raises(ChatError, match=r"50 tokens.*40"):
+        chat.fit(lambda m: [0] * 50, 40)
+
+
+def test_in_a_terminal(tiny: Path, tmp_path: Path) -> None:
+    """Colours, streaming, Ctrl-C on an answer and on a prompt, Ctrl-D, history across runs."""
+    env = {k: v for k, v in os.environ.items() if k != "NO_COLOR"}
+    env |= {"XDG_STATE_HOME": str(tmp_path), "TERM": "xterm", "PYTHONUNBUFFERED": "1"}
+    # The context is long enough that the answer surely runs when Ctrl-C comes.
+    arguments = ["-m", "nanovllm.cli.main", "chat", "--model", str(tiny), "--ignore-eos"]
+    arguments += ["--max-model-len", "60000", "--num-kv-blocks", "2000"]
+    child = pexpect.spawn(sys.executable, arguments, env=env, timeout=60, encoding="utf-8",
+                          codec_errors="replace", dimensions=(40, 120))  # fmt: skip
+    child.expect("Ctrl-D leaves")
+    child.expect("> ")
+    child.sendline("hello there")
+    child.expect("hello there\r?\n.*[^\\s\x1b]")
+    child.sendintr()
+    child.expect("· stopped")
+    child.expect("> ")
+    child.sendintr()
+    child.expect("Ctrl-D leaves")
+    child.sendline("/stats")
+    child.expect("1 answers")
+    assert "\x1b[2m" in child.before
+    child.sendeof()
+    child.expect(pexpect.EOF)
+    child.close()
+    assert child.exitstatus == 0
+    history = (tmp_path / "nanovllm" / "chat_history").read_text()
+    assert "hello there" in history
+    assert "/stats" in history
+
+
+def test_history_follows_the_xdg_directory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_STATE_HOME", "/state")
+    assert history_file() == Path("/state/nanovllm/chat_history")
+    monkeypatch.delenv("XDG_STATE_HOME")
+    assert history_file().parts[-4:] == (".local", "state", "nanovllm", "chat_history")

@@ -1,0 +1,114 @@
+"""`nanovllm generate`: the answer alone on stdout, from arguments, stdin, and the default."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import nanovllm
+from nanovllm.cli import generate, session
+
+SHORT = ("--max-tokens", "8", "--ignore-eos")
+
+
+@pytest.fixture(scope="module")
+def expected(tiny: Path) -> str:
+    """The greedy continuation of "abc" without a template."""
+    with nanovllm.LLM(str(tiny)) as llm:
+        return llm.generate(
+            "abc", max_tokens=8, temperature=0, ignore_eos=True, use_tqdm=False
+        ).text
+
+
+def test_the_answer_is_all_of_stdout(cli: Any, tiny: Path, expected: str) -> None:
+    result = cli("generate", "abc", "--raw", "--model", tiny, *SHORT)
+    assert result.status == 0
+    assert result.out == expected + "\n"
+    assert "8 tokens" in result.err
+    assert "ended by length" in result.err
+
+
+def test_quiet_says_nothing_else(cli: Any, tiny: Path) -> None:
+    assert cli("generate", "abc", "--model", tiny, "--quiet", *SHORT).err == ""
+
+
+def test_the_chat_template_and_the_system_message_are_used(cli: Any, tiny: Path) -> None:
+    arguments = ("generate", "abc", "--system", "be", "--json", "--model", tiny, *SHORT)
+    ids = json.loads(cli(*arguments).out)["prompt_token_ids"]
+    with nanovllm.LLM(str(tiny)) as llm:
+        messages = [{"role": "system", "content": "be"}, {"role": "user", "content": "abc"}]
+        assert ids == llm.render_chat(messages)
+
+
+def test_json_holds_everything(cli: Any, tiny: Path, expected: str) -> None:
+    arguments = ("generate", "abc", "--raw", "--json", "--logprobs", "1")
+    answer = json.loads(cli(*arguments, "--model", tiny, *SHORT).out)
+    assert [c["text"] for c in answer["completions"]] == [expected]
+    assert answer["completions"][0]["finish_reason"] == "length"
+    assert len(answer["completions"][0]["logprobs"]) == 8
+    assert answer["metrics"]["num_prompt_tokens"] == len(answer["prompt_token_ids"]) == 3
+
+
+def test_several_completions_are_paragraphs(cli: Any, tiny: Path) -> None:
+    result = cli("generate", "abc", "--raw", "--n", "2", "--model", tiny, *SHORT)
+    with nanovllm.LLM(str(tiny)) as llm:
+        options = {"max_tokens": 8, "temperature": 0, "ignore_eos": True, "n": 2}
+        first, second = llm.generate("abc", use_tqdm=False, **options).outputs
+    assert result.out == f"{first.text}\n\n{second.text}\n"
+
+
+def test_a_seed_fixes_the_answer(cli: Any, tiny: Path) -> None:
+    line = ("generate", "abc", "--model", tiny, "--temperature", "2", *SHORT)
+    texts = [cli(*line, "--seed", seed).out for seed in ("1", "1", "2")]
+    assert texts[0] == texts[1] != texts[2]
+
+
+def test_stdin_is_the_prompt(
+    cli: Any, tiny: Path, expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.stdin", io.StringIO("abc\n"))
+    result = cli("generate", "-", "--raw", "--model", tiny, *SHORT)
+    assert result.out == expected + "\n"
+
+
+def test_a_redirected_file_is_the_prompt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "prompt").write_text("from a file\n")
+    with (tmp_path / "prompt").open() as file:
+        monkeypatch.setattr("sys.stdin", file)
+        assert generate._prompt(None) == ("from a file", False)
+        assert generate._prompt("said") == ("said", False)
+
+
+def test_without_a_prompt_there_is_a_question(cli: Any, tiny: Path) -> None:
+    result = cli("generate", "--model", tiny, *SHORT)
+    assert result.status == 0
+    assert f"> {generate.DEFAULT_QUESTION}" in result.err
+
+
+def test_a_prompt_that_is_too_long_is_one_line(cli: Any, tiny: Path) -> None:
+    result = cli("generate", "x" * 300, "--raw", "--model", tiny)
+    assert result.status == 2
+    assert result.out == ""
+    assert "300" in result.err
+    assert "256" in result.err
+
+
+DEFAULTS: list[tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = [
+    ({}, {}, {"temperature": 0.0}),
+    ({"temperature": 0.7, "top_k": 20}, {}, {"temperature": 0.0}),
+    ({"do_sample": True, "top_k": 20}, {}, {"temperature": 1.0, "top_k": 20}),
+    ({"do_sample": True, "temperature": 0.6}, {"top_p": 0.5}, {"temperature": 0.6, "top_p": 0.5}),
+    ({"do_sample": True, "temperature": 0.6}, {"temperature": 0.0}, {"temperature": 0.0}),
+    ({}, {"top_p": 0.5}, {"temperature": 1.0, "top_p": 0.5}),
+]
+
+
+@pytest.mark.parametrize(("generation", "wanted", "result"), DEFAULTS)
+def test_default_sampling(
+    generation: dict[str, Any], wanted: dict[str, Any], result: dict[str, Any]
+) -> None:
+    assert session.sampling_defaults(generation, wanted) == {"max_tokens": None} | result
