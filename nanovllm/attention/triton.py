@@ -70,7 +70,7 @@ class TritonAttention:
         window: int | None,
     ) -> Tensor:
         """As `forward`, with the step's keys and values already in the cache."""
-        out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+        out = torch.empty(q.shape, dtype=q.dtype, device=q.device)  # q may be a strided view
         common = (kv_cache, batch.cu_q_lens, batch.context_lens, batch.block_tables, scale, window)
         if batch.max_q_len > 1:
             self._kernels.prefill(q, *common, out, skip_single=True)

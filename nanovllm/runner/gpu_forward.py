@@ -1,0 +1,183 @@
+"""A decoder's forward pass on a GPU, with our fused kernels in place of single operators.
+
+Batches of single tokens take five launches a layer up to SKINNY_ROWS rows, and cuBLAS for the
+products above; longer ones rotate and store in one kernel and attend over the cache. The result
+is that of `Decoder.forward` up to rounding. All lengths are read on the device, so a batch of
+single tokens can be captured in a CUDA graph.
+
+Shape legend: T tokens, S sequences, H query heads, G KV heads, D head dim, I intermediate size.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from nanovllm.attention.base import AttentionBatch
+from nanovllm.attention.triton import TritonAttention
+from nanovllm.kernels.gpu import attention as attention_kernels
+from nanovllm.kernels.gpu import linear as linear_kernels
+from nanovllm.kernels.gpu import rowwise
+from nanovllm.models.decoder import Block, Decoder
+
+
+@dataclass(slots=True)
+class _Layer:
+    """Tensors of one block: weights [N, K] and biases [N] or None."""
+
+    input_norm: Tensor
+    qkv: Tensor
+    qkv_bias: Tensor | None
+    qk_norms: tuple[Tensor, Tensor] | None
+    o: Tensor
+    o_bias: Tensor | None
+    post_norm: Tensor
+    gate_up: Tensor
+    gate_up_bias: Tensor | None
+    down: Tensor
+    down_bias: Tensor | None
+
+    @classmethod
+    def of(cls, block: Block) -> _Layer:
+        norms = None
+        if block.q_norm is not None and block.k_norm is not None:
+            norms = (block.q_norm, block.k_norm)
+        return cls(
+            block.input_norm, *block.qkv.params, norms, *block.o.params, block.post_norm,
+            *block.gate_up.params, *block.down.params,
+        )  # fmt: skip
+
+
+class GpuForward:
+    """One loaded decoder with full-precision weights, and the Triton attention backend.
+
+    pdl: launch each fused kernel before the last one ends (compute capability 9.0).
+    """
+
+    def __init__(self, model: Decoder, attention: TritonAttention, *, pdl: bool) -> None:
+        self.config = model.config
+        self._embed, self._lm_head = model.embed, model.lm_head
+        self._final_norm, self._cos_sin = model.final_norm, model.cos_sin
+        self._layers = [_Layer.of(block) for block in model.blocks]
+        self._attention = attention
+        self._pdl = pdl
+        self._plain_mlp = all(layer.gate_up_bias is None for layer in self._layers)
+
+    def hidden(self, token_ids: Tensor, batch: AttentionBatch, kv_cache: Tensor) -> Tensor:
+        """[T] token ids -> [T, hidden] before the final norm; kv_cache is read and written."""
+        residual = F.embedding(token_ids, self._embed)
+        single = batch.max_q_len == 1
+        few = single and self._plain_mlp and len(token_ids) <= linear_kernels.SKINNY_ROWS
+        layer_step = self._few_rows if few else self._many_rows
+        for index, layer in enumerate(self._layers):
+            layer_step(layer, residual, batch, kv_cache[index], self.config.sliding_windows[index])
+        return residual
+
+    def logits(self, residual: Tensor) -> Tensor:
+        """[S, hidden] before the final norm -> [S, vocabulary] in the model's dtype."""
+        eps = self.config.rms_norm_eps
+        if len(residual) <= linear_kernels.SKINNY_ROWS:
+            out = residual.new_empty((len(residual), len(self._lm_head)))
+            return linear_kernels.linear(
+                residual, self._lm_head, out, norm=self._final_norm, eps=eps, pdl=self._pdl
+            )
+        return F.linear(rowwise.rms_norm(residual, self._final_norm, eps), self._lm_head)
+
+    def final_norm(self, residual: Tensor) -> Tensor:
+        return rowwise.rms_norm(residual, self._final_norm, self.config.rms_norm_eps)
+
+    def _few_rows(
+        self,
+        layer: _Layer,
+        residual: Tensor,
+        batch: AttentionBatch,
+        kv_cache: Tensor,
+        window: int | None,
+    ) -> None:
+        """One block in five launches; residual [S, hidden] is changed in place."""
+        c, pdl, linear = self.config, self._pdl, linear_kernels.linear
+        eps, rows = c.rms_norm_eps, len(residual)
+        qkv = residual.new_empty((rows, len(layer.qkv)))
+        linear(residual, layer.qkv, qkv, norm=layer.input_norm, eps=eps, bias=layer.qkv_bias, pdl=pdl)
+        attended = self._attend_new(layer, qkv, batch, kv_cache, window)
+        linear(attended, layer.o, residual, bias=layer.o_bias, residual=residual, pdl=pdl)
+        active = residual.new_empty((rows, c.intermediate_size))
+        linear(
+            residual, layer.gate_up, active, norm=layer.post_norm, eps=eps, gated=True, pdl=pdl
+        )
+        linear(active, layer.down, residual, bias=layer.down_bias, residual=residual, pdl=pdl)
+
+    def _many_rows(
+        self,
+        layer: _Layer,
+        residual: Tensor,
+        batch: AttentionBatch,
+        kv_cache: Tensor,
+        window: int | None,
+    ) -> None:
+        """One block with cuBLAS for the products; residual [T, hidden] is changed in place."""
+        eps = self.config.rms_norm_eps
+        normed = rowwise.rms_norm(residual, layer.input_norm, eps)
+        qkv = F.linear(normed, layer.qkv, layer.qkv_bias)
+        if batch.max_q_len == 1:
+            attended = self._attend_new(layer, qkv, batch, kv_cache, window)
+        else:
+            attended = self._attend_chunks(layer, qkv, batch, kv_cache, window)
+        _add_product(residual, attended, layer.o, layer.o_bias)
+        normed = rowwise.rms_norm(residual, layer.post_norm, eps)
+        active = rowwise.silu_mul(F.linear(normed, layer.gate_up, layer.gate_up_bias))
+        _add_product(residual, active, layer.down, layer.down_bias)
+
+    def _split(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        c = self.config
+        heads = qkv.view(len(qkv), -1, c.head_dim)
+        return heads.split((c.num_heads, c.num_kv_heads, c.num_kv_heads), dim=1)  # type: ignore[return-value]
+
+    def _attend_new(
+        self,
+        layer: _Layer,
+        qkv: Tensor,
+        batch: AttentionBatch,
+        kv_cache: Tensor,
+        window: int | None,
+    ) -> Tensor:
+        """Norm, rotation, store and attention of single tokens in one launch: [S, H D]."""
+        c = self.config
+        q, k, v = self._split(qkv)
+        norms = layer.qk_norms or (None, None)
+        new = attention_kernels.FusedInputs(k, v, *norms, self._cos_sin, c.rms_norm_eps)
+        out = qkv.new_empty((len(qkv), c.num_heads, c.head_dim))
+        splits = attention_kernels.num_splits(len(qkv), c.num_kv_heads, batch.max_context_len)
+        workspace = self._attention.workspace(c.num_heads, c.head_dim, qkv.device)
+        attention_kernels.decode(
+            q, kv_cache, batch.cu_q_lens, batch.context_lens, batch.block_tables,
+            c.head_dim**-0.5, window, workspace, splits, out, new=new, pdl=self._pdl,
+        )  # fmt: skip
+        return out.view(len(qkv), -1)
+
+    def _attend_chunks(
+        self,
+        layer: _Layer,
+        qkv: Tensor,
+        batch: AttentionBatch,
+        kv_cache: Tensor,
+        window: int | None,
+    ) -> Tensor:
+        c = self.config
+        q, k, v = self._split(qkv)
+        rowwise.rope_store(
+            q, k, v, layer.qk_norms, c.rms_norm_eps, self._cos_sin, batch.positions, kv_cache,
+            batch.slot_mapping,
+        )  # fmt: skip
+        out = self._attention.attend(q, kv_cache, batch, c.head_dim**-0.5, window)
+        return out.view(len(qkv), -1)
+
+
+def _add_product(residual: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    """residual [T, N] += x [T, K] @ weight.T (+ bias), in one call of cuBLAS."""
+    residual.addmm_(x, weight.t())
+    if bias is not None:
+        residual += bias
