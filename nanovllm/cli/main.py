@@ -35,6 +35,7 @@ class Command:
 COMMANDS = {
     "generate": Command("nanovllm.cli.generate", "answer one prompt, streaming, and exit"),
     "chat": Command("nanovllm.cli.chat", "talk to a model in the terminal"),
+    "serve": Command("nanovllm.cli.serve", "serve a model to OpenAI's clients over HTTP"),
     "bench": Command("nanovllm.cli.bench", "measure throughput and latency offline"),
     "info": Command("nanovllm.cli.info", "versions, devices, chosen backends and why"),
 }

@@ -1,0 +1,1 @@
+"""What operators watch: the engine's events and the server's requests as metrics."""

@@ -1,0 +1,1 @@
+"""The OpenAI-compatible server: one process for HTTP and text, one for the engine."""

@@ -1,0 +1,357 @@
+"""The HTTP process's side of the engine: requests out, text back.
+
+Knows token ids, text and streams, no HTTP. The engine's sequences are mirrored here, so that the
+same `RequestTracker` that serves the offline API turns token ids into deltas. Every request ends
+exactly once: with a finish reason, with an error, or because its stream was closed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import socket
+import time
+from collections.abc import AsyncIterator, Callable
+from collections.abc import Sequence as SequenceOf
+from dataclasses import dataclass
+from typing import cast
+
+from nanovllm.engine.scheduler import SequenceUpdate
+from nanovllm.engine.sequence import Sequence
+from nanovllm.errors import InvalidRequestError, NanoVLLMError
+from nanovllm.metrics.base import NullServerMetrics, ServerMetrics
+from nanovllm.outputs import Delta, RequestOutput
+from nanovllm.requests import RequestTracker
+from nanovllm.sampling_params import SamplingParams
+from nanovllm.server import messages
+from nanovllm.text.tokenizer import Tokenizer
+
+SILENT_SECONDS = 5.0
+
+
+class EngineDeadError(NanoVLLMError):
+    """The engine process ended, or answers no more; the message says which."""
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """One prompt of a request; text is what the prompt was, if it was text."""
+
+    token_ids: list[int]
+    params: SamplingParams
+    text: str | None = None
+    priority: int = 0
+    salt: str = ""
+
+
+class Stream:
+    """The deltas of a few jobs: iterate for batches of (index of the job, delta).
+
+    What nobody has read yet waits here, at most as much as the jobs may generate; the engine
+    never waits for a reader. `outputs` grow along, and are complete at the end.
+    """
+
+    def __init__(self, client: EngineClient, num_unfinished: int) -> None:
+        self.outputs: list[RequestOutput] = []
+        self.handles: list[int] = []
+        self._client = client
+        self._num_unfinished = num_unfinished
+        self._items: list[tuple[int, Delta]] = []
+        self._error: NanoVLLMError | None = None
+        self._changed = asyncio.Event()
+
+    def push(self, job: int, delta: Delta) -> None:
+        self._items.append((job, delta))
+        self._num_unfinished -= delta.finish_reason is not None
+        self._changed.set()
+
+    def fail(self, error: NanoVLLMError) -> None:
+        self._error = error
+        self._changed.set()
+
+    async def __aiter__(self) -> AsyncIterator[list[tuple[int, Delta]]]:
+        """Raises EngineDeadError or InvalidRequestError if there will be no more deltas."""
+        while True:
+            items, self._items = self._items, []
+            if items:
+                yield items
+            elif self._error is not None:
+                raise self._error
+            elif not self._num_unfinished:
+                return
+            else:
+                self._changed.clear()
+                await self._changed.wait()
+
+    async def finish(self) -> list[RequestOutput]:
+        """Waits for the end."""
+        async for _ in self:
+            pass
+        return self.outputs
+
+    def close(self) -> None:
+        """Aborts what has not finished; its KV blocks are free before the engine's next step."""
+        if self._num_unfinished:
+            self._num_unfinished = 0
+            self._client.abort(self.handles)
+
+
+@dataclass(slots=True)
+class _Request:
+    stream: Stream
+    job: int
+    sequences: list[Sequence]  # mirrors of the engine's, without blocks
+    num_unfinished: int
+    last_token: float | None = None
+
+
+class EngineClient(asyncio.Protocol):
+    """Talks to one engine over a connected socket. All methods run on one event loop.
+
+    `died` is set, with the reason in `death`, when the engine is gone or reports its end.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, metrics: ServerMetrics | None = None) -> None:
+        self.info: messages.Ready | None = None
+        self.load = messages.Load()
+        self.death: str | None = None
+        self.changed = asyncio.Event()  # set when info or death is
+        self.died = asyncio.Event()
+        self._disconnected = asyncio.Event()
+        self.num_sequences = 0
+        self.busy_seconds = 0.0
+        self._last_report = time.monotonic()
+        self._metrics = metrics or NullServerMetrics()
+        self._transport: asyncio.Transport | None = None
+        self._frames = messages.Frames()
+        self._decoder = messages.decoder(messages.Report)
+        self._requests: dict[int, _Request] = {}
+        self._handles = itertools.count(1)
+        self._tracker = RequestTracker(tokenizer, stop=self._stop)
+        self._tokenizer = tokenizer
+
+    async def connect(self, sock: socket.socket) -> None:
+        loop = asyncio.get_running_loop()
+        await loop.create_unix_connection(lambda: self, sock=sock)
+
+    # --- state ------------------------------------------------------------------------------
+
+    @property
+    def silent_seconds(self) -> float:
+        """Since the last report of the engine; it sends two a second, even when idle."""
+        return time.monotonic() - self._last_report
+
+    def trouble(self) -> str | None:
+        """Why the engine cannot serve at this moment, or None."""
+        if self.death is not None:
+            return self.death
+        if self.info is None:
+            return "the model is loading"
+        if self.silent_seconds > SILENT_SECONDS:
+            return f"the engine has been silent for {self.silent_seconds:.0f} s"
+        return None
+
+    async def ready(self) -> messages.Ready:
+        """Waits until the model is loaded. Raises EngineDeadError if it cannot be."""
+        while self.info is None:
+            if self.death is not None:
+                raise EngineDeadError(self.death)
+            self.changed.clear()
+            await self.changed.wait()
+        return self.info
+
+    @property
+    def max_prompt_len(self) -> int:
+        """Prompts must be shorter than this; only known once the engine is ready."""
+        assert self.info is not None, "the engine is not ready"
+        return min(self.info.max_model_len, self.info.num_blocks * self.info.block_size)
+
+    # --- requests ---------------------------------------------------------------------------
+
+    def start(self, jobs: SequenceOf[Job]) -> Stream:
+        """Sends jobs that were validated. Raises EngineDeadError if there is no engine."""
+        if self.death is not None:
+            raise EngineDeadError(self.death)
+        now = time.monotonic()
+        stream = Stream(self, sum(job.params.n for job in jobs))
+        for index, job in enumerate(jobs):
+            handle = next(self._handles)
+            stream.handles.append(handle)
+            stream.outputs.append(self._mirror(handle, index, job, stream, now))
+            params = messages.pack_params(job.params)
+            add = messages.Add(handle, job.token_ids, params, job.priority, job.salt.encode(), now)
+            self._send(add)
+        return stream
+
+    def _mirror(
+        self, handle: int, index: int, job: Job, stream: Stream, now: float
+    ) -> RequestOutput:
+        sequences = [
+            Sequence(
+                handle << 8 | i,
+                job.token_ids,
+                job.params,
+                request_id=str(handle),
+                index=i,
+                arrival=now,
+            )
+            for i in range(job.params.n)
+        ]
+        self._requests[handle] = _Request(stream, index, sequences, len(sequences))
+        self.num_sequences += len(sequences)
+        return self._tracker.add(str(handle), job.text, job.token_ids, job.params, sequences)
+
+    def abort(self, handles: SequenceOf[int]) -> None:
+        for handle in handles:
+            request = self._requests.get(handle)
+            if request is None:
+                continue
+            self._send(messages.Abort(handle))
+            for seq in request.sequences:
+                if seq.finish_reason is None:
+                    seq.stats.finished = time.monotonic()
+                    self._finished(request, seq, self._tracker.end(seq, "abort"))
+
+    async def close(self, timeout: float) -> None:
+        """Tells the engine to end, and waits until it has hung up, or for timeout seconds."""
+        self._send(messages.Shutdown())
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._disconnected.wait(), timeout)
+        if self._transport is not None:
+            self._transport.abort()
+            await self._disconnected.wait()
+
+    def _send(self, command: messages.Command) -> None:
+        if self._transport is not None and not self._transport.is_closing():
+            self._transport.write(messages.encode(command))
+
+    def _stop(self, seq: Sequence) -> None:
+        """A stop string was found: the tracker's callback."""
+        seq.stats.finished = time.monotonic()
+        self._send(messages.Stop(int(seq.request_id), seq.index))
+
+    # --- the socket -------------------------------------------------------------------------
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = cast(asyncio.Transport, transport)
+
+    def data_received(self, data: bytes) -> None:
+        self._last_report = time.monotonic()
+        for body in self._frames.feed(data):
+            self._receive(self._decoder.decode(body))
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self.die("the engine process ended")
+        self._disconnected.set()
+
+    def die(self, reason: str) -> None:
+        """Fails everything in flight with this reason; the first reason stays."""
+        if self.death is not None:
+            return
+        self.death = reason
+        self._metrics.engine_up(False)
+        for request in list(self._requests.values()):
+            request.stream.fail(EngineDeadError(reason))
+        self._requests.clear()
+        self.num_sequences = 0
+        self.changed.set()
+        self.died.set()
+
+    def _receive(self, report: messages.Report) -> None:
+        if isinstance(report, messages.Step):
+            self._step(report)
+        elif isinstance(report, messages.Beat):
+            self.busy_seconds = report.busy_seconds
+            self._set_load(report.load)
+        elif isinstance(report, messages.Refused):
+            self._refused(report)
+        elif isinstance(report, messages.Ready):
+            self.info = report
+            self._metrics.engine_ready(report.num_blocks)
+            self.changed.set()
+        else:
+            self.die(f"{report.kind}: {report.message}")
+
+    def _set_load(self, load: messages.Load) -> None:
+        self.load = load
+        self._metrics.load(load.num_running, load.num_waiting, load.num_free_blocks)
+
+    def _step(self, step: messages.Step) -> None:
+        self.busy_seconds = 0.0
+        for packed in step.events:
+            self._metrics.emit(messages.unpack_event(packed))
+        self._set_load(step.load)
+        now = time.monotonic()
+        for update in step.updates:
+            request = self._requests.get(update.handle)
+            if request is not None:
+                self._update(request, update, now)
+
+    def _update(self, request: _Request, update: messages.Update, now: float) -> None:
+        seq = request.sequences[update.index]
+        if seq.finish_reason is not None:
+            return  # a stop string ended it here before the engine heard of it
+        seq.token_ids += update.token_ids
+        stats = seq.stats
+        stats.first_scheduled, stats.first_token, stats.finished = update.stats[:3]
+        stats.num_cached_tokens, stats.num_preemptions = update.stats[3:]
+        if update.token_ids:
+            self._count_tokens(request, seq, len(update.token_ids), now)
+        delta = self._tracker.apply(
+            SequenceUpdate(
+                seq,
+                update.token_ids,
+                update.logprobs,
+                update.prompt_logprobs,
+                update.prompt_start,
+                update.finish_reason,
+                update.stop_token_id,
+                update.error,
+            )
+        )
+        if delta is None:
+            return
+        request.stream.push(request.job, delta)
+        if delta.finish_reason is not None:
+            self._finished(request, seq, delta)
+
+    def _count_tokens(self, request: _Request, seq: Sequence, count: int, now: float) -> None:
+        first = seq.num_output_tokens == count
+        if first and seq.index == 0:
+            self._metrics.prompt_computed(seq.num_prompt_tokens, seq.stats.num_cached_tokens)
+        self._metrics.tokens(count)
+        if len(request.sequences) == 1:
+            if request.last_token is not None:
+                self._metrics.inter_token_latency(now - request.last_token)
+            request.last_token = now
+
+    def _finished(self, request: _Request, seq: Sequence, delta: Delta) -> None:
+        seq.finish_reason = delta.finish_reason
+        self.num_sequences -= 1
+        request.num_unfinished -= 1
+        assert delta.metrics is not None, "a last delta has metrics"
+        self._metrics.finished(delta.finish_reason or "", delta.metrics)
+        if not request.num_unfinished:
+            del self._requests[int(seq.request_id)]
+            self._tracker.forget(seq.request_id)
+
+    def _refused(self, report: messages.Refused) -> None:
+        request = self._requests.pop(report.handle, None)
+        if request is None:
+            return
+        self.num_sequences -= request.num_unfinished
+        request.stream.fail(InvalidRequestError(report.message))
+
+
+async def watch(
+    client: EngineClient, timeout: float, kill: Callable[[], None], period: float = 0.25
+) -> None:
+    """Ends an engine that has been silent, or in one step, for longer than timeout seconds."""
+    with contextlib.suppress(asyncio.CancelledError):
+        while client.death is None:
+            await asyncio.sleep(period)
+            silent = client.silent_seconds if client.info is not None else 0.0
+            if max(silent, client.busy_seconds) > timeout:
+                client.die(f"the engine hung: no progress for {timeout:g} s")
+                kill()

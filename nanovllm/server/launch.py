@@ -1,0 +1,255 @@
+"""Starts and ends a server: port first, then the engine's process, then HTTP; signals and drain.
+
+The port is bound before the model loads, so a taken one is told at once; while it loads, requests
+are answered 503. The engine's process ends with this one, however this one ends.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dataclasses
+import logging
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import FrameType
+
+import msgspec
+import uvicorn
+
+from nanovllm.config import EngineConfig
+from nanovllm.errors import ConfigError
+from nanovllm.model_files import find_model
+from nanovllm.server.app import create_app
+from nanovllm.server.engine_client import EngineDeadError, watch
+from nanovllm.server.service import ServerConfig, Service
+from nanovllm.text.chat import ChatTemplate
+
+logger = logging.getLogger("nanovllm.server")
+BACKLOG = 2048
+DEATH_LINGER = 1.0  # seconds in which /health says what happened before the server exits
+END_SECONDS = 5.0  # for the engine's process to end when it is told to
+
+
+class EngineProcess:
+    """The engine as a child process; `kill` and `end` may be called at any time."""
+
+    def __init__(self, config: EngineConfig) -> None:
+        self.sock, theirs = socket.socketpair()
+        with theirs:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "nanovllm.server.engine_process", str(theirs.fileno())],
+                stdin=subprocess.PIPE,
+                pass_fds=[theirs.fileno()],
+            )
+        assert self._process.stdin is not None, "it was asked for"
+        with contextlib.suppress(BrokenPipeError), self._process.stdin as stdin:
+            stdin.write(msgspec.json.encode(dataclasses.asdict(config)))
+
+    def kill(self) -> None:
+        self._process.kill()
+
+    def end(self) -> None:
+        """Waits for the end of the process, which was told to, or lost the socket."""
+        try:
+            self._process.wait(END_SECONDS)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+
+
+class EngineThread:
+    """The engine as a thread of this process, for debugging; cannot be killed."""
+
+    def __init__(self, config: EngineConfig) -> None:
+        # Loads torch, which the HTTP process otherwise never needs.
+        from nanovllm.server.engine_process import serve_engine
+
+        self.sock, theirs = socket.socketpair()
+        self._thread = threading.Thread(
+            target=serve_engine, args=(theirs, config, lambda: None), daemon=True
+        )
+        self._thread.start()
+
+    def kill(self) -> None:
+        logger.error("the engine runs in this process and cannot be killed")
+
+    def end(self) -> None:
+        self._thread.join(END_SECONDS)
+
+
+class HttpServer(uvicorn.Server):
+    """uvicorn, with signals left to us."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """A listening socket. Raises ConfigError if the address is taken or not ours."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    sock = socket.socket(family)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        sock.bind((host, port))
+        sock.listen(BACKLOG)
+    except (OSError, OverflowError) as error:
+        sock.close()
+        reason = getattr(error, "strerror", None) or str(error)
+        raise ConfigError(f"cannot listen on {host}:{port}: {reason}") from None
+    return sock
+
+
+def make_service(
+    config: ServerConfig, engine: EngineConfig, chat_template: str | None = None
+) -> Service:
+    """The text side of the model. Raises ModelLoadError or ConfigError."""
+    if engine.skip_tokenizer_init:
+        raise ConfigError("the server needs the model's tokenizer: skip_tokenizer_init is set")
+    files = find_model(engine.model)
+    tokenizer = files.tokenizer()
+    template = files.chat_template(tokenizer)
+    if chat_template is not None:
+        template = ChatTemplate(_read_template(chat_template), tokenizer.special_tokens())
+    if not config.served_model_names:
+        config = dataclasses.replace(config, served_model_names=(engine.model,))
+    return Service(config, files, tokenizer, template)
+
+
+def _read_template(path: str) -> str:
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"the chat template {path} cannot be read: {error}") from None
+
+
+def serve(
+    config: ServerConfig,
+    engine: EngineConfig,
+    *,
+    chat_template: str | None = None,
+    in_process: bool = False,
+) -> int:
+    """Serves until a signal or the engine's end; the exit status.
+
+    Raises ConfigError or ModelLoadError for what is wrong before anything runs.
+    """
+    sock = bind(config.host, config.port)
+    with sock:
+        service = make_service(config, engine, chat_template)
+        worker = EngineThread(engine) if in_process else EngineProcess(engine)
+        try:
+            with asyncio.Runner(loop_factory=_loop_factory()) as runner:
+                return runner.run(Run(service, worker, sock).run())
+        finally:
+            worker.sock.close()
+            worker.end()
+
+
+def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop]:
+    import uvloop  # optional: not there on every platform
+
+    return uvloop.new_event_loop
+
+
+class Run:
+    """One life of a server."""
+
+    def __init__(
+        self, service: Service, worker: EngineProcess | EngineThread, sock: socket.socket
+    ) -> None:
+        self._service = service
+        self._worker = worker
+        self._sock = sock
+        self._status = 0
+        self._ends: set[asyncio.Task[None]] = set()
+        self.http = HttpServer(
+            uvicorn.Config(
+                create_app(service),
+                http="httptools",
+                ws="none",
+                lifespan="off",
+                log_config=None,
+                access_log=False,
+                server_header=False,
+                timeout_graceful_shutdown=1,
+            )
+        )
+
+    async def run(self) -> int:
+        """The exit status."""
+        loop = asyncio.get_running_loop()
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGTERM, signal.SIGINT):
+                loop.add_signal_handler(number, self.stop)
+        client = self._service.client
+        await client.connect(self._worker.sock)
+        tasks = [
+            asyncio.create_task(self._announce()),
+            asyncio.create_task(self._end_with_engine()),
+            asyncio.create_task(
+                watch(client, self._service.config.engine_timeout, self._worker.kill)
+            ),
+        ]
+        try:
+            await self.http.serve(sockets=[self._sock])
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+            await client.close(END_SECONDS)
+            self._service.prompts.close()
+        return self._status
+
+    def stop(self, *_: int | FrameType | None) -> None:
+        """The first call drains, the second ends at once."""
+        if self._service.draining:
+            self.http.force_exit = True
+            self.http.should_exit = True
+            return
+        self._service.draining = True
+        self._ends.add(asyncio.ensure_future(self._drain()))
+
+    async def _drain(self) -> None:
+        timeout = self._service.config.drain_timeout
+        logger.info("shutting down: %d requests have %g s", self._service.num_open, timeout)
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(timeout):
+                while self._service.num_open:
+                    await asyncio.sleep(0.05)
+        self.http.should_exit = True
+
+    async def _announce(self) -> None:
+        with contextlib.suppress(EngineDeadError):
+            info = await self._service.client.ready()
+            url = f"http://{_host(self._sock)}:{self._sock.getsockname()[1]}"
+            for note in info.notes:
+                logger.warning("%s", note)
+            logger.info(
+                "%s on %s in %s, context %d, %d KV blocks of %d, loaded in %.1f s",
+                *(info.model, info.device, info.dtype, info.max_model_len),
+                *(info.num_blocks, info.block_size, info.load_seconds),
+            )
+            print(f"ready: API at {url}/v1", flush=True)
+
+    async def _end_with_engine(self) -> None:
+        client = self._service.client
+        await client.died.wait()
+        logger.error("%s", client.death)
+        self._status = 1
+        if client.info is not None:
+            await asyncio.sleep(DEATH_LINGER)
+        self.http.should_exit = True
+
+
+def _host(sock: socket.socket) -> str:
+    host: str = sock.getsockname()[0]
+    if host in ("0.0.0.0", "::"):
+        return "localhost"
+    return f"[{host}]" if ":" in host else host

@@ -1,0 +1,197 @@
+"""Conversations and texts to token ids, away from the event loop if they are long.
+
+What users and tools write is only ever text: a special token's name in it never becomes that
+token. To that end such names are broken by a mark before the template is rendered, and the
+rendered text is tokenized in pieces, from mark to mark.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import re
+import secrets
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+from nanovllm.errors import InvalidRequestError
+from nanovllm.server.errors import invalid
+from nanovllm.server.schemas import ChatMessage, ContentPart, ToolSpec
+from nanovllm.text.chat import ChatTemplate
+from nanovllm.text.tokenizer import Tokenizer
+
+INLINE_CHARACTERS = 4000  # about a millisecond of tokenizing; longer texts go to a thread
+ROLES = ("system", "developer", "user", "assistant", "tool")
+UNTRUSTED_ROLES = ("user", "tool")
+RESERVED = {
+    "add_generation_prompt",
+    "chat_template",
+    "conversation",
+    "documents",
+    "messages",
+    "raise_exception",
+    "return_dict",
+    "return_tensors",
+    "self",
+    "strftime_now",
+    "tokenize",
+    "tools",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class ChatPrompt:
+    """thinks: the prompt's end has opened a reasoning block already."""
+
+    token_ids: list[int]
+    thinks: bool
+
+
+class PromptEncoder:
+    """Owns two threads for long texts; `close` ends them."""
+
+    def __init__(self, tokenizer: Tokenizer, template: ChatTemplate) -> None:
+        self._tokenizer = tokenizer
+        self._template = template
+        self._threads = ThreadPoolExecutor(2, thread_name_prefix="nanovllm-text")
+        added = tokenizer.added_tokens()
+        self._any_token = _alternatives(added)
+        self._special_token = _alternatives([name for name, special in added.items() if special])
+
+    def close(self) -> None:
+        self._threads.shutdown(wait=False, cancel_futures=True)
+
+    async def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        def work() -> list[int]:
+            return self._tokenizer.encode(text, add_special_tokens=add_special_tokens)
+
+        if len(text) <= INLINE_CHARACTERS:
+            return work()
+        return await asyncio.get_running_loop().run_in_executor(self._threads, work)
+
+    async def encode_chat(
+        self,
+        messages: Sequence[ChatMessage],
+        tools: Sequence[ToolSpec] | None = None,
+        variables: Mapping[str, Any] | None = None,
+        *,
+        add_generation_prompt: bool = True,
+    ) -> ChatPrompt:
+        """Raises ApiError if the messages are not a conversation, or the template refuses them."""
+        variables = dict(variables or {})
+        _check_variables(variables)
+        mark = f"\ue000{secrets.token_hex(8)}\ue001"
+        plain = [self._plain(message, f"messages[{i}]", mark) for i, message in enumerate(messages)]
+        specs = [_tool(tool, f"tools[{i}]") for i, tool in enumerate(tools or ())]
+
+        def work() -> ChatPrompt:
+            return self._render(plain, specs, variables, add_generation_prompt, mark)
+
+        if sum(len(str(message.get("content"))) for message in plain) <= INLINE_CHARACTERS:
+            return work()
+        return await asyncio.get_running_loop().run_in_executor(self._threads, work)
+
+    def _render(
+        self,
+        messages: list[dict[str, Any]],
+        tools: list[dict[str, Any]],
+        variables: dict[str, Any],
+        add_generation_prompt: bool,
+        mark: str,
+    ) -> ChatPrompt:
+        try:
+            text = self._template.render(
+                messages, tools=tools, add_generation_prompt=add_generation_prompt, **variables
+            )
+        except InvalidRequestError as error:
+            raise invalid(str(error), "messages") from None
+        except (RecursionError, ArithmeticError, AttributeError, LookupError) as error:
+            raise invalid(
+                f"the chat template cannot render these messages ({type(error).__name__})",
+                "messages",
+            ) from None
+        token_ids: list[int] = []
+        for piece in text.split(mark):
+            token_ids += self._tokenizer.encode(piece, add_special_tokens=False)
+        return ChatPrompt(token_ids, text.rstrip().endswith("<think>"))
+
+    def _plain(self, message: ChatMessage, where: str, mark: str) -> dict[str, Any]:
+        """The message as templates know it."""
+        if message.role not in ROLES:
+            raise invalid(f"{where}.role must be one of {', '.join(ROLES)}", f"{where}.role")
+        names = self._any_token if message.role in UNTRUSTED_ROLES else self._special_token
+        role = "system" if message.role == "developer" else message.role
+        content = _text(message, where)
+        if names is not None:
+            content = names.sub(lambda found: found[0][0] + mark + found[0][1:], content)
+        plain: dict[str, Any] = {"role": role, "content": content}
+        for name in ("name", "tool_call_id", "reasoning_content"):
+            if getattr(message, name) is not None:
+                plain[name] = getattr(message, name)
+        if message.tool_calls:
+            plain["tool_calls"] = [_tool_call(call) for call in message.tool_calls]
+        return plain
+
+
+def _alternatives(names: Sequence[str] | Mapping[str, Any]) -> re.Pattern[str] | None:
+    words = sorted((name for name in names if len(name) > 1), key=len, reverse=True)
+    return re.compile("|".join(map(re.escape, words))) if words else None
+
+
+def _check_variables(variables: Mapping[str, Any]) -> None:
+    for name in variables:
+        if name in RESERVED or name.endswith("_token") or not name.isidentifier():
+            raise invalid(f"chat_template_kwargs cannot set {name[:50]!r}", "chat_template_kwargs")
+
+
+def _text(message: ChatMessage, where: str) -> str:
+    content = message.content
+    if content is None:
+        if message.role == "assistant":
+            return ""
+        raise invalid(f"{where}.content must be a string or a list of parts", f"{where}.content")
+    if isinstance(content, str):
+        return content
+    return "\n".join(_part(part, f"{where}.content[{i}]") for i, part in enumerate(content))
+
+
+def _part(part: ContentPart, where: str) -> str:
+    if part.type in ("text", "input_text", "output_text") and part.text is not None:
+        return part.text
+    if part.type == "refusal" and part.refusal is not None:
+        return part.refusal
+    if part.type == "text":
+        raise invalid(f"{where} has no text", where)
+    raise invalid(
+        f"{where} is of type {part.type[:50]!r}: this model reads text only, and no address in a "
+        "request is ever fetched",
+        where,
+    )
+
+
+def _tool(tool: ToolSpec, where: str) -> dict[str, Any]:
+    if tool.type != "function" or tool.function is None:
+        raise invalid(f"{where} must be of type 'function' and hold one", where)
+    spec = {"name": tool.function.name, "description": tool.function.description}
+    spec["parameters"] = tool.function.parameters  # type: ignore[assignment]
+    return {
+        "type": "function",
+        "function": {name: value for name, value in spec.items() if value is not None},
+    }
+
+
+def _tool_call(call: Any) -> dict[str, Any]:
+    """Templates expect the arguments as an object, clients send them as JSON."""
+    arguments = call.function.arguments
+    if isinstance(arguments, str):
+        # Else it is a model's broken call, quoted back as it was.
+        with contextlib.suppress(ValueError, RecursionError):
+            arguments = json.loads(arguments or "{}")
+    return {
+        "type": "function",
+        "id": call.id or "",
+        "function": {"name": call.function.name, "arguments": arguments or {}},
+    }

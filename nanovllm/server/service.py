@@ -1,0 +1,188 @@
+"""What the endpoints share: the model's name and text side, the engine, admission, and limits."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from nanovllm.errors import InvalidRequestError
+from nanovllm.metrics.prometheus import PrometheusMetrics
+from nanovllm.model_files import ModelFiles
+from nanovllm.outputs import Delta, RequestOutput
+from nanovllm.server.engine_client import EngineClient, EngineDeadError, Job, Stream
+from nanovllm.server.errors import ApiError, engine_failed, from_engine, unavailable
+from nanovllm.server.prompts import PromptEncoder
+from nanovllm.server.validate import Limits
+from nanovllm.text.chat import ChatTemplate
+from nanovllm.text.tokenizer import Tokenizer
+
+logger = logging.getLogger("nanovllm.server")
+SAMPLING_DEFAULTS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServerConfig:
+    """Options of the server; those of the engine are in EngineConfig.
+
+    api_keys            empty: nobody is asked for one
+    served_model_names  names that requests may use, the first is the one in answers
+    any_model           accept every name
+    max_waiting         sequences that may wait beside those that run, before 429
+    drain_timeout       seconds that running requests have after SIGTERM
+    engine_timeout      seconds without progress after which the engine counts as hung
+    """
+
+    host: str = "127.0.0.1"
+    port: int = 8000
+    api_keys: tuple[str, ...] = ()
+    served_model_names: tuple[str, ...] = ()
+    any_model: bool = False
+    max_waiting: int = 1024
+    drain_timeout: float = 30.0
+    engine_timeout: float = 60.0
+    metrics_prefix: str = "nanovllm"
+
+
+class Service:
+    """One model, served. Runs on one event loop."""
+
+    def __init__(
+        self,
+        config: ServerConfig,
+        files: ModelFiles,
+        tokenizer: Tokenizer,
+        template: ChatTemplate,
+    ) -> None:
+        self.config = config
+        self.names = config.served_model_names
+        self.tokenizer = tokenizer
+        self.prompts = PromptEncoder(tokenizer, template)
+        self.metrics = PrometheusMetrics(self.names[0], config.metrics_prefix)
+        self.client = EngineClient(tokenizer, self.metrics)
+        self.created = int(time.time())
+        self.draining = False
+        self.num_open = 0  # requests that were admitted and not answered completely
+        self.defaults = _sampling_defaults(files.generation)
+        source = template.source or ""
+        self.reasons = "<think>" in source or tokenizer.token_id("<think>") is not None
+        self.calls_tools = "<tool_call>" in source
+
+    def trouble(self) -> str | None:
+        """Why no request can be served at this moment, or None."""
+        return "the server is shutting down" if self.draining else self.client.trouble()
+
+    def limits(self) -> Limits:
+        """Raises ApiError 503 while there is no engine."""
+        trouble = self.trouble()
+        if trouble is not None:
+            self.metrics.rejected("unavailable")
+            raise unavailable(trouble)
+        assert self.client.info is not None, "an engine without trouble is ready"
+        return Limits(
+            self.client.max_prompt_len,
+            self.client.info.vocab_size,
+            self.client.info.max_num_seqs + self.config.max_waiting,
+            self.defaults,
+        )
+
+    def model_name(self, asked: str | None) -> str:
+        """The name to answer with. Raises ApiError 404 if there is no such model."""
+        if asked is None:
+            return self.names[0]
+        if asked in self.names or self.config.any_model:
+            return asked
+        raise ApiError(
+            404,
+            f"The model {asked[:200]!r} does not exist here; there is {self.names[0]!r}.",
+            param="model",
+            code="model_not_found",
+        )
+
+    def start(self, jobs: Sequence[Job]) -> Stream:
+        """Raises ApiError 400 if the jobs can never fit, 429 if there are too many now."""
+        limits = self.limits()
+        wanted = sum(job.params.n for job in jobs)
+        if wanted > limits.max_sequences:
+            raise ApiError(
+                400, f"{wanted} completions in one request; {limits.max_sequences} fit", param="n"
+            )
+        if self.client.num_sequences + wanted > limits.max_sequences:
+            self.metrics.rejected("queue_full")
+            raise ApiError(
+                429,
+                f"The queue is full: {self.client.num_sequences} completions run or wait, and "
+                f"{limits.max_sequences} may. Try again later.",
+                code="queue_full",
+                headers={"Retry-After": "1"},
+            )
+        try:
+            return self.client.start(jobs)
+        except EngineDeadError as error:
+            raise unavailable(str(error)) from None
+
+    def explain(self, error: Exception) -> ApiError:
+        """An error of a stream, as the client may see it; the rest goes to the log."""
+        if isinstance(error, ApiError):
+            return error
+        if isinstance(error, InvalidRequestError):
+            return from_engine(error)
+        if isinstance(error, EngineDeadError):
+            logger.error("a request was lost: %s", error)
+        else:
+            logger.error("a request failed", exc_info=error)
+        return engine_failed()
+
+    def check_delta(self, delta: Delta) -> None:
+        """Raises ApiError if the completion ended with an error."""
+        if delta.finish_reason == "error":
+            logger.error("request %s failed in the engine: %s", delta.request_id, delta.error)
+            raise engine_failed()
+
+
+def usage(outputs: Sequence[RequestOutput], cached: Sequence[int]) -> dict[str, Any]:
+    """OpenAI's usage record over all prompts of a request."""
+    num_prompt = sum(len(output.prompt_token_ids) for output in outputs)
+    num_generated = sum(len(c.token_ids) for output in outputs for c in output.outputs)
+    return {
+        "prompt_tokens": num_prompt,
+        "completion_tokens": num_generated,
+        "total_tokens": num_prompt + num_generated,
+        "prompt_tokens_details": {"cached_tokens": sum(cached)},
+    }
+
+
+def cached_tokens(outputs: Sequence[RequestOutput]) -> list[int]:
+    """Of each prompt, the tokens that its first completion found in the prefix cache."""
+    first = [output.outputs[0].metrics for output in outputs]
+    return [metrics.num_cached_tokens if metrics else 0 for metrics in first]
+
+
+def timings(outputs: Sequence[RequestOutput]) -> dict[str, Any]:
+    """The first completion's times in llama.cpp's names and milliseconds."""
+    metrics = outputs[0].outputs[0].metrics
+    assert metrics is not None, "timings are of finished requests"
+    decode = max(metrics.total_time - metrics.time_to_first_token, 1e-9)
+    num_decoded = metrics.num_generated_tokens - 1  # the first one belongs to the prompt's time
+    return {
+        "prompt_n": metrics.num_prompt_tokens - metrics.num_cached_tokens,
+        "prompt_ms": round(1000 * (metrics.time_to_first_token - metrics.queue_time), 3),
+        "predicted_n": metrics.num_generated_tokens,
+        "predicted_ms": round(1000 * decode, 3),
+        "predicted_per_second": round(num_decoded / decode, 3),
+        "cache_n": metrics.num_cached_tokens,
+    }
+
+
+def _sampling_defaults(generation: dict[str, Any]) -> dict[str, Any]:
+    """The model's own recommendation (generation_config.json), as vLLM applies it."""
+    if generation.get("do_sample") is False:
+        return {}
+    found = {name: generation.get(name) for name in SAMPLING_DEFAULTS}
+    return {
+        name: value
+        for name, value in found.items()
+        if isinstance(value, (int, float)) and not isinstance(value, bool)
+    }

@@ -1,0 +1,159 @@
+"""The total check of a request: after it, nothing a client sent can raise inside the engine."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from nanovllm.errors import InvalidRequestError
+from nanovllm.sampling_params import MAX_LOGPROBS, SamplingParams
+from nanovllm.server.errors import context_overflow, from_engine, invalid
+from nanovllm.server.schemas import ChatRequest, CompletionRequest, Request
+
+MAX_STOPS = 4
+MAX_PRIORITY = 2**31
+MAX_SALT = 1024
+_TOKEN_ID = re.compile(r"\d{1,10}")
+_SAME_NAME = (
+    "min_tokens",
+    "temperature",
+    "top_p",
+    "top_k",
+    "min_p",
+    "presence_penalty",
+    "frequency_penalty",
+    "repetition_penalty",
+    "seed",
+    "n",
+    "stop_token_ids",
+    "ignore_eos",
+    "include_stop_str_in_output",
+    "bad_words",
+    "allowed_token_ids",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What the engine can take. defaults: sampling parameters of requests that bring none."""
+
+    max_prompt_len: int
+    vocab_size: int
+    max_sequences: int
+    defaults: Mapping[str, Any]
+
+
+def chat_params(request: ChatRequest, limits: Limits) -> SamplingParams:
+    """Raises ApiError naming the parameter."""
+    if request.top_logprobs is not None and not request.logprobs:
+        raise invalid("top_logprobs needs logprobs to be true", "top_logprobs")
+    num_logprobs = None
+    if request.logprobs:
+        num_logprobs = _count("top_logprobs", request.top_logprobs or 0, MAX_LOGPROBS)
+    max_tokens = request.max_completion_tokens
+    for name in ("max_tokens", "max_completion_tokens"):
+        if getattr(request, name) is not None and getattr(request, name) < 1:
+            raise invalid(f"{name} must be at least 1, got {getattr(request, name)}", name)
+    if max_tokens is None:
+        max_tokens = request.max_tokens
+    return _params(request, limits, max_tokens=max_tokens, logprobs=num_logprobs)
+
+
+def completion_params(request: CompletionRequest, limits: Limits) -> SamplingParams:
+    """Raises ApiError naming the parameter."""
+    max_tokens = 16 if request.max_tokens is None else request.max_tokens
+    num_logprobs = request.logprobs
+    if num_logprobs is not None:
+        _count("logprobs", num_logprobs, MAX_LOGPROBS)
+    return _params(
+        request,
+        limits,
+        max_tokens=max_tokens,
+        logprobs=num_logprobs,
+        prompt_logprobs=num_logprobs if request.echo else None,
+    )
+
+
+def _params(request: Request, limits: Limits, **derived: Any) -> SamplingParams:
+    _check_common(request)
+    values = dict(limits.defaults)
+    for name in _SAME_NAME:
+        if getattr(request, name) is not None:
+            values[name] = getattr(request, name)
+    values |= derived
+    values["stop"] = _stop(request.stop)
+    values["logit_bias"] = _logit_bias(request.logit_bias)
+    try:
+        params = SamplingParams(**values)
+    except InvalidRequestError as error:
+        raise from_engine(error) from None
+    if params.n > limits.max_sequences:
+        raise invalid(f"n is {params.n}: this server takes {limits.max_sequences} at most", "n")
+    for name in ("logit_bias", "allowed_token_ids", "stop_token_ids"):
+        check_token_ids(getattr(params, name) or (), limits.vocab_size, name)
+    return params
+
+
+def _check_common(request: Request) -> None:
+    if request.stream_options is not None and not request.stream:
+        raise invalid("stream_options needs stream to be true", "stream_options")
+    if request.priority is not None and abs(request.priority) > MAX_PRIORITY:
+        raise invalid(f"priority must be within +-{MAX_PRIORITY}", "priority")
+    if request.cache_salt is not None and len(request.cache_salt) > MAX_SALT:
+        raise invalid(f"cache_salt must have at most {MAX_SALT} characters", "cache_salt")
+
+
+def _count(name: str, value: int, high: int) -> int:
+    if not 0 <= value <= high:
+        raise invalid(f"{name} must be an integer in [0, {high}], got {value}", name)
+    return value
+
+
+def _stop(stop: str | list[str] | None) -> tuple[str, ...]:
+    strings = (stop,) if isinstance(stop, str) else tuple(stop or ())
+    if len(strings) > MAX_STOPS:
+        raise invalid(f"stop takes at most {MAX_STOPS} strings, got {len(strings)}", "stop")
+    if not all(strings):
+        raise invalid("stop must not hold an empty string", "stop")
+    return strings
+
+
+def _logit_bias(given: Mapping[str, float] | None) -> dict[int, float] | None:
+    if given is None:
+        return None
+    for key in given:
+        if not _TOKEN_ID.fullmatch(key) or not key.isascii():
+            raise invalid(f"a key of logit_bias must be a token id, got {key[:50]!r}", "logit_bias")
+    return {int(key): bias for key, bias in given.items()}
+
+
+def check_token_ids(token_ids: Sequence[int] | Mapping[int, Any], size: int, param: str) -> None:
+    """Raises ApiError unless all are in [0, size)."""
+    if token_ids and not (min(token_ids) >= 0 and max(token_ids) < size):
+        wrong = next(i for i in token_ids if not 0 <= i < size)
+        raise invalid(f"a token id of {param} must be in [0, {size - 1}], got {wrong}", param)
+
+
+def check_prompt(token_ids: Sequence[int], limits: Limits, param: str) -> None:
+    """Raises ApiError unless the prompt leaves room for a token in context and KV cache."""
+    if not token_ids:
+        raise invalid(f"{param} is empty: at least one token is needed", param)
+    if len(token_ids) >= limits.max_prompt_len:
+        raise context_overflow(limits.max_prompt_len, len(token_ids), param)
+    check_token_ids(token_ids, limits.vocab_size, param)
+
+
+def split_prompts(prompt: str | list[Any]) -> list[str | list[int]]:
+    """The prompts of a completion request: one or several, texts or token ids, never mixed."""
+    if isinstance(prompt, str):
+        return [prompt]
+    kinds = {type(item) for item in prompt}
+    if len(kinds) > 1:
+        raise invalid("prompt must not mix strings, token ids and lists", "prompt")
+    if kinds == {int}:
+        return [prompt]
+    if not prompt:
+        raise invalid("prompt is empty: at least one is needed", "prompt")
+    return prompt
