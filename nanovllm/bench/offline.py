@@ -97,12 +97,12 @@ def _check_lengths(cases: Sequence[Case], limit: int) -> None:
 def _time_case(llm: LLM, case: Case, repeats: int, least: float) -> Result:
     vocab = llm.info.vocab_size
     warm_up = case.shifted(-SHIFT, vocab)
-    _generate(llm, warm_up, max_tokens=WARM_UP_TOKENS)
+    generate(llm, warm_up, max_tokens=WARM_UP_TOKENS)
     seconds, outputs = [], []
     for repeat in range(repeats):
         shifted = case.shifted(repeat * SHIFT, vocab)
         begin = time.perf_counter()
-        outputs = _generate(llm, shifted)
+        outputs = generate(llm, shifted)
         seconds.append(time.perf_counter() - begin)
     metrics = [output.metrics for output in outputs if output.metrics is not None]
     first_token = statistics.median(m.time_to_first_token for m in metrics)
@@ -125,7 +125,7 @@ def _time_case(llm: LLM, case: Case, repeats: int, least: float) -> Result:
     )
 
 
-def _generate(llm: LLM, case: Case, max_tokens: int | None = None) -> list[RequestOutput]:
+def generate(llm: LLM, case: Case, max_tokens: int | None = None) -> list[RequestOutput]:
     params = [
         SamplingParams(
             temperature=case.temperature,
