@@ -18,7 +18,7 @@ from nanovllm import NanoVLLMError, RequestOutput, SamplingParams, __version__
 from nanovllm.cli.conversation import ChatError, Conversation
 from nanovllm.cli.flags import Parser, add_engine_flags, add_sampling_flags, given
 from nanovllm.cli.session import Session, answer, open_session, speed
-from nanovllm.cli.terminal import BOLD, CYAN, RED, YELLOW, has_style, say, styled
+from nanovllm.cli.terminal import BOLD, CYAN, RED, YELLOW, has_style, say, styled, write_answer
 
 try:
     import readline
@@ -109,7 +109,7 @@ class Chat:
             tokens, num_dropped = chat.fit(llm.render_chat, llm.info.max_model_len)
             if num_dropped:
                 say(f"[the context is full: {num_dropped} oldest messages forgotten]", YELLOW)
-            output, interrupted = answer(llm, tokens, chat.params, _write)
+            output, interrupted = answer(llm, tokens, chat.params, write_answer)
         except BaseException:
             chat.messages = before
             raise
@@ -191,11 +191,6 @@ class Chat:
 
     def _quit(self, argument: str) -> None:
         self.done = True
-
-
-def _write(text: str) -> None:
-    if text:
-        print(text, end="", flush=True)
 
 
 def _path(argument: str, command: str) -> Path:

@@ -49,6 +49,10 @@ HELP = {  # where the record's own words do not fit a command line, or there are
     "tensor_parallel_size": "devices that one model is spread over",
     "include_stop_str_in_output": "keep the stop string in the text",
 }
+DESCRIPTIONS = {
+    "sampling": "What is not said here is as in the model's generation_config.json where that says "
+    "do_sample, and greedy elsewhere; the end of the context bounds the length.",
+}
 UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 2**10, "mi": 2**20, "gi": 2**30}
 _HELP_ENTRY = re.compile(r"^ {4}(\w+(?:, \w+)*) +(\S.*)$")
 
@@ -170,7 +174,7 @@ def field_help(record: type) -> dict[str, str]:
 def _add_record(
     parser: Parser, title: str, record: type, common: Sequence[str], skip: Collection[str]
 ) -> None:
-    group = parser.add_argument_group(title)
+    group = parser.add_argument_group(title, DESCRIPTIONS.get(title))
     texts = field_help(record)
     for field in fields(record):
         if field.name in skip:

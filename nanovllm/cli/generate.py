@@ -14,10 +14,10 @@ import sys
 from dataclasses import asdict
 from typing import Any
 
-from nanovllm import InvalidRequestError, RequestOutput, SamplingParams
+from nanovllm import InvalidRequestError, RequestOutput, SamplingParams, StepError
 from nanovllm.cli.flags import Parser, add_engine_flags, add_sampling_flags
 from nanovllm.cli.session import Session, answer, open_session, speed
-from nanovllm.cli.terminal import BOLD, say
+from nanovllm.cli.terminal import BOLD, say, write_answer
 
 DEFAULT_QUESTION = "What is a KV cache?"
 INTERRUPT_STATUS = 130
@@ -45,7 +45,7 @@ def run(options: argparse.Namespace) -> int:
     if is_default and not options.quiet:
         say(f"> {prompt}", BOLD)
     streams = not options.json and params.n == 1
-    output, interrupted = answer(session.llm, tokens, params, _write if streams else _ignore)
+    output, interrupted = answer(session.llm, tokens, params, write_answer if streams else _ignore)
     if options.json:
         print(json.dumps(_as_json(session.name, prompt, output), ensure_ascii=False, indent=2))
     elif streams:
@@ -55,6 +55,8 @@ def run(options: argparse.Namespace) -> int:
     if not options.quiet:
         say(f"[{speed(output)}{_why_ended(output)}]")
     session.llm.close()
+    if output.finish_reason == "error":
+        raise StepError(f"the answer is not complete: {output.outputs[0].error}")
     return INTERRUPT_STATUS if interrupted else 0
 
 
@@ -85,20 +87,13 @@ def _chat_prompt(session: Session, prompt: str, system: str | None) -> list[int]
         raise InvalidRequestError(f"{error} (--raw sends the prompt as it is)") from None
 
 
-def _write(text: str) -> None:
-    if text:
-        print(text, end="", flush=True)
-
-
 def _ignore(text: str) -> None:
     pass
 
 
 def _why_ended(output: RequestOutput) -> str:
     """A word where the answer did not end by itself."""
-    if output.finish_reason == "stop":
-        return ""
-    return f" · ended by {output.outputs[0].error or output.finish_reason}"
+    return "" if output.finish_reason == "stop" else f" · ended by {output.finish_reason}"
 
 
 def _as_json(model: str, prompt: str, output: RequestOutput) -> dict[str, Any]:

@@ -13,6 +13,16 @@ from typing import Any, Self, TextIO
 
 BOLD, DIM, RED, YELLOW, CYAN = "1", "2", "31", "33", "36"
 
+# Control characters would let a model's text move the cursor or switch the character set.
+_CONTROLS = {code: "\ufffd" for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"}
+
+
+def write_answer(text: str) -> None:
+    """A piece of the answer to stdout, at once; without control characters on a terminal."""
+    if text:
+        shown = text.translate(_CONTROLS) if sys.stdout.isatty() else text
+        print(shown, end="", flush=True)
+
 
 def has_style(stream: TextIO) -> bool:
     """A terminal that may be coloured (https://no-color.org)."""

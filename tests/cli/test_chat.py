@@ -12,6 +12,7 @@ from typing import Any
 import pexpect
 import pytest
 
+from nanovllm.cli import terminal
 from nanovllm.cli.chat import history_file
 from nanovllm.cli.conversation import ChatError, Conversation
 
@@ -157,6 +158,38 @@ def test_in_a_terminal(tiny: Path, tmp_path: Path) -> None:
     history = (tmp_path / "nanovllm" / "chat_history").read_text()
     assert "hello there" in history
     assert "/stats" in history
+
+
+def test_a_terminal_sees_no_control_characters(
+    monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    terminal.write_answer("a\x1b[2J\x0e\x9b\n\tb")
+    assert capsys.readouterr().out == "a\x1b[2J\x0e\x9b\n\tb"  # a pipe gets what there is
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    terminal.write_answer("a\x1b[2J\x0e\x9b\n\tb é你")
+    assert capsys.readouterr().out == "a\ufffd[2J\ufffd\ufffd\n\tb é你"
+
+
+@pytest.mark.parametrize(
+    ("variables", "coloured"),
+    [
+        ({}, True),
+        ({"NO_COLOR": "1"}, False),
+        ({"NO_COLOR": ""}, True),
+        ({"TERM": "dumb"}, False),
+    ],
+)
+def test_colours(
+    variables: dict[str, str], coloured: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    monkeypatch.setenv("TERM", "xterm")
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
+    assert (terminal.styled("x", "1") != "x") is coloured
+    monkeypatch.setattr("sys.stderr.isatty", lambda: False)
+    assert terminal.styled("x", "1") == "x"
 
 
 def test_history_follows_the_xdg_directory(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import io
+import itertools
 import json
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -95,6 +97,34 @@ def test_a_prompt_that_is_too_long_is_one_line(cli: Any, tiny: Path) -> None:
     assert result.out == ""
     assert "300" in result.err
     assert "256" in result.err
+
+
+def test_a_failed_step_is_an_error(cli: Any, tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(self: object, plan: object) -> None:
+        raise RuntimeError("a wire came loose")
+
+    monkeypatch.setattr("nanovllm.runner.model_runner.ModelRunner.execute", fail)
+    result = cli("generate", "abc", "--model", tiny, "--quiet")
+    assert result.status == 2
+    assert "a wire came loose" in result.err
+
+
+def test_ctrl_c_ends_the_answer_and_keeps_what_there_is(
+    cli: Any, tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    step = nanovllm.LLM.step
+    count = itertools.count()
+
+    def interrupted(self: nanovllm.LLM) -> Any:
+        if next(count) == 20:
+            signal.raise_signal(signal.SIGINT)
+        return step(self)
+
+    monkeypatch.setattr(nanovllm.LLM, "step", interrupted)
+    result = cli("generate", "abc", "--model", tiny, "--ignore-eos")
+    assert result.status == 130
+    assert len(result.out) > 1
+    assert "ended by abort" in result.err
 
 
 DEFAULTS: list[tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = [
