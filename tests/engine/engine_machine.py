@@ -23,7 +23,7 @@ HASHES = {
     "two bits": lambda parent, content: bytes([sum(chain_hash(parent, content)) & 3]),
 }
 PROMPTS = st.lists(st.integers(1, VOCAB_SIZE - 1), min_size=1, max_size=14)
-MAX_IDLE_STEPS = 600  # far more than the few requests of one run can need
+MAX_STEPS_OF_A_SEQUENCE = 100  # 14 prompt and 23 output tokens one by one, preempted now and then
 
 
 class EngineMachine(RuleBasedStateMachine):
@@ -206,7 +206,8 @@ class EngineMachine(RuleBasedStateMachine):
     def teardown(self) -> None:
         if not hasattr(self, "core"):
             return
-        for _ in range(MAX_IDLE_STEPS):
+        unfinished = sum(len(group) for group in self.core._groups.values())
+        for _ in range(MAX_STEPS_OF_A_SEQUENCE * unfinished):
             if self.core.is_finished:
                 break
             self.step()
