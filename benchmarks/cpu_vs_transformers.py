@@ -129,7 +129,7 @@ def measure_round(
     static: tuple[int, bool], num_single: int,
 ) -> dict[str, float]:  # fmt: skip
     """Everything once, tokens/s; other token ids than in any other round."""
-    vocab = SMOLLM_135M["vocab_size"]
+    vocab: int = SMOLLM_135M["vocab_size"]
     case, shared = case.shifted(number * SHIFT, vocab), shared.shifted(number * SHIFT, vocab)
     step = len(case.requests) / num_single
     singles = [case.requests[int(i * step)] for i in range(num_single)]
@@ -172,7 +172,7 @@ def run(options: argparse.Namespace, directory: Path) -> dict[str, Any]:
     case = smollm(options.num_requests)[0].shortened(options.scale)
     shared = smollm(options.num_requests, SHARED_PREFIX)[0].shortened(options.scale)
     for engine in engines.values():  # warm up
-        generate(engine, case.shifted(-SHIFT, 9973), max_tokens=4)
+        generate(engine, case.shifted(-SHIFT, SMOLLM_135M["vocab_size"]), max_tokens=4)
     theirs.batch(case.requests[:2])
     explored = explore(theirs, case)
     best = max(explored, key=lambda key: explored[key])
