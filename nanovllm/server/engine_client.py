@@ -177,11 +177,12 @@ class EngineClient(asyncio.Protocol):
         stream = Stream(self, sum(job.params.n for job in jobs))
         for index, job in enumerate(jobs):
             handle = next(self._handles)
+            params = messages.pack_params(job.params)
+            self._send(
+                messages.Add(handle, job.token_ids, params, job.priority, job.salt.encode(), now)
+            )
             stream.handles.append(handle)
             stream.outputs.append(self._mirror(handle, index, job, stream, now))
-            params = messages.pack_params(job.params)
-            add = messages.Add(handle, job.token_ids, params, job.priority, job.salt.encode(), now)
-            self._send(add)
         return stream
 
     def _mirror(

@@ -21,9 +21,8 @@ from nanovllm.errors import InvalidRequestError
 from nanovllm.server.errors import invalid
 from nanovllm.server.schemas import ChatMessage, ContentPart, ToolSpec
 from nanovllm.text.chat import ChatTemplate
-from nanovllm.text.tokenizer import Tokenizer
+from nanovllm.text.tokenizer import LONG_TEXT, Tokenizer
 
-INLINE_CHARACTERS = 4000  # about a millisecond of tokenizing; longer texts go to a thread
 ROLES = ("system", "developer", "user", "assistant", "tool")
 UNTRUSTED_ROLES = ("user", "tool")
 RESERVED = {
@@ -68,7 +67,7 @@ class PromptEncoder:
         def work() -> list[int]:
             return self._tokenizer.encode(text, add_special_tokens=add_special_tokens)
 
-        if len(text) <= INLINE_CHARACTERS:
+        if len(text) < LONG_TEXT:
             return work()
         return await asyncio.get_running_loop().run_in_executor(self._threads, work)
 
@@ -90,7 +89,7 @@ class PromptEncoder:
         def work() -> ChatPrompt:
             return self._render(plain, specs, variables, add_generation_prompt, mark)
 
-        if sum(len(str(message.get("content"))) for message in plain) <= INLINE_CHARACTERS:
+        if sum(len(str(message.get("content"))) for message in plain) < LONG_TEXT:
             return work()
         return await asyncio.get_running_loop().run_in_executor(self._threads, work)
 

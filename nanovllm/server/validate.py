@@ -83,6 +83,7 @@ def _params(request: Request, limits: Limits, **derived: Any) -> SamplingParams:
         if getattr(request, name) is not None:
             values[name] = getattr(request, name)
     values |= derived
+    _clamp(values, limits)
     values["stop"] = _stop(request.stop)
     values["logit_bias"] = _logit_bias(request.logit_bias)
     try:
@@ -94,6 +95,18 @@ def _params(request: Request, limits: Limits, **derived: Any) -> SamplingParams:
     for name in ("logit_bias", "allowed_token_ids", "stop_token_ids"):
         check_token_ids(getattr(params, name) or (), limits.vocab_size, name)
     return params
+
+
+def _clamp(values: dict[str, Any], limits: Limits) -> None:
+    """Numbers that ask for everything, however large, become numbers that the engine can hold."""
+    for name, limit in (("max_tokens", limits.max_prompt_len), ("top_k", limits.vocab_size)):
+        value = values.get(name)
+        if isinstance(value, int) and value > limit:
+            values[name] = limit
+    if values.get("min_tokens", 0) > limits.max_prompt_len:
+        raise invalid(
+            f"min_tokens must be within the context of {limits.max_prompt_len} tokens", "min_tokens"
+        )
 
 
 def _check_common(request: Request) -> None:

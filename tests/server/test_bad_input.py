@@ -1,0 +1,371 @@
+"""What broken and hostile requests get; after each of them the server answers the next one."""
+
+from __future__ import annotations
+
+import json
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import openai
+import pytest
+
+from .live_server import Live, assert_error, request
+
+CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
+HELLO = [{"role": "user", "content": "hi"}]
+JSON = {"Content-Type": "application/json"}
+
+
+@pytest.fixture(autouse=True)
+def _still_answers(live: Live) -> Iterator[None]:
+    yield
+    status, _, answer = request(live.port, "POST", TEXT, {"prompt": "fox", "max_tokens": 1})
+    assert status == 200, answer
+
+
+def refused(live: Live, path: str, body: Any, status: int = 400, **headers: str) -> dict[str, Any]:
+    got, _, answer = request(live.port, "POST", path, body, headers or None)
+    assert got == status, answer
+    return assert_error(answer)
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"",
+        b"  ",
+        b'{"prompt": "a"',
+        b'{"prompt": "\xff\xfe"}',
+        b'"text"',
+        b"[1]",
+        b"null",
+        b"[" * 100_000,
+        b'{"prompt":' + b"[" * 100_000,
+        b'{"prompt":"a","x":' + b'{"a":' * 100_000 + b"1" + b"}" * 100_001,
+        b'{"prompt": "a", "max_tokens": ' + b"9" * 10_000 + b"}",
+        b'{"prompt": "\\ud800"}',
+        b'{"prompt": "a", "temperature": NaN}',
+        b'{"prompt": "a", "temperature": Infinity}',
+        b'{"prompt": "a", "temperature": 1e400}',
+        b'{"prompt": "a", "logit_bias": {"5": -1e999}}',
+        b'{"prompt": [' + b'"",' * 5000 + b'""]}',
+        b'{"prompt": [' + b"1.5," * 5000 + b"1.5]}",
+    ],
+    ids=lambda body: repr(body[:30]),
+)
+def test_broken_bodies(live: Live, body: bytes) -> None:
+    refused(live, TEXT, body, **JSON)
+    refused(live, CHAT, body, **JSON)
+
+
+def test_wrong_type_and_size_of_body(live: Live) -> None:
+    refused(live, TEXT, b'{"prompt": "a"}', 415, **{"Content-Type": "text/plain"})
+    refused(live, TEXT, b'{"prompt": "a"}', 415, **{"Content-Type": ""})
+    with socket.create_connection(("127.0.0.1", live.port)) as sock:
+        head = f"POST {TEXT} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+        sock.sendall((head + f"Content-Length: {33 << 20}\r\n\r\n").encode())
+        assert b" 413 " in sock.recv(100)
+    with socket.create_connection(("127.0.0.1", live.port)) as sock:
+        sock.sendall((head + "Transfer-Encoding: chunked\r\n\r\n").encode())
+        piece = b"100000\r\n" + b" " * (1 << 20) + b"\r\n"
+        try:
+            for _ in range(34):
+                sock.sendall(piece)
+        except OSError:
+            pass  # refused before all was sent
+        else:
+            assert b" 413 " in sock.recv(100)
+
+
+def test_routes_models_and_methods(live: Live) -> None:
+    error = refused(live, CHAT, {"model": "none", "messages": HELLO}, 404)
+    assert (error["code"], error["param"]) == ("model_not_found", "model")
+    assert error["type"] == "not_found_error"
+    refused(live, "/v1/none", {}, 404)
+    for method, path in (("GET", CHAT), ("POST", "/health"), ("DELETE", "/v1/models")):
+        status, headers, answer = request(live.port, method, path)
+        assert status == 405
+        assert headers["allow"]
+        assert_error(answer)
+    with pytest.raises(openai.NotFoundError):
+        live.client().completions.create(model="none", prompt="x")
+
+
+@pytest.mark.parametrize(
+    ("messages", "param"),
+    [
+        (None, "messages"),
+        ("text", "messages"),
+        ([], "messages"),
+        ([1], "messages[0]"),
+        ([{}], "messages[0].role"),
+        ([{"role": "user"}], "messages[0].content"),
+        ([{"role": "user", "content": None}], "messages[0].content"),
+        ([{"role": "user", "content": 7}], "messages[0].content"),
+        ([{"role": 1, "content": "a"}], "messages[0].role"),
+        ([{"role": "pirate", "content": "a"}], "messages[0].role"),
+        ([{"role": "user", "content": [{"type": "text"}]}], "messages[0].content[0]"),
+        ([{"role": "user", "content": ["a"]}], "messages[0].content[0]"),
+        ([{"role": "assistant", "content": "a", "tool_calls": [{}]}], None),
+    ],
+)
+def test_messages(live: Live, messages: Any, param: str | None) -> None:
+    error = refused(live, CHAT, {"messages": messages})
+    assert param is None or error["param"] == param
+
+
+def test_messages_are_required(live: Live) -> None:
+    assert refused(live, CHAT, {})["param"] == "messages"
+    assert refused(live, TEXT, {})["param"] == "prompt"
+
+
+def test_images_are_refused_and_never_fetched(live: Live) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as trap:
+        trap.settimeout(0.3)
+        url = f"http://127.0.0.1:{trap.getsockname()[1]}/image.png"
+        part = {"type": "image_url", "image_url": {"url": url}}
+        error = refused(live, CHAT, {"messages": [{"role": "user", "content": [part]}]})
+        assert "image_url" in error["message"]
+        with pytest.raises(TimeoutError):
+            trap.accept()
+
+
+def test_templates_of_requests_are_never_rendered(live: Live) -> None:
+    body = {"messages": HELLO, "chat_template": "{{ 7 * 7 }}"}
+    assert refused(live, CHAT, body)["param"] == "chat_template"
+    for name in ("tokenize", "messages", "self", "chat_template", "eos_token", "a b"):
+        body = {"messages": HELLO, "chat_template_kwargs": {name: False}}
+        assert refused(live, CHAT, body)["param"] == "chat_template_kwargs"
+    injected = [{"role": "user", "content": "{{ 7 * 7 }}{% raise %}"}]
+    tokens = request(live.port, "POST", "/tokenize", {"messages": injected})[2]["tokens"]
+    shown = request(live.port, "POST", "/detokenize", {"tokens": tokens})[2]["prompt"]
+    assert "{{ 7 * 7 }}{% raise %}" in shown
+
+
+def test_deep_tools_are_refused_not_fatal(live: Live) -> None:
+    deep = b'{"a":' * 900 + b"1" + b"}" * 900
+    tool = b'{"type":"function","function":{"name":"f","parameters":' + deep + b"}}"
+    body = b'{"messages":[{"role":"user","content":"a"}],"max_tokens":1,"tools":[' + tool + b"]}"
+    refused(live, CHAT, body, **JSON)
+
+
+@pytest.mark.parametrize(
+    "prompt",
+    ["", [], [[]], [""], ["a", 1], [1, [2]], [[1], "a"], [[[1]]], [-1], [10**6], [2**63], [1.5],
+     [True], [[1, "a"]], None, 5, {"a": 1}, [None], ["a", ""]],
+)  # fmt: skip
+def test_prompts(live: Live, prompt: Any) -> None:
+    error = refused(live, TEXT, {"prompt": prompt})
+    assert (error["param"] or "").startswith("prompt")
+
+
+def test_prompts_that_are_too_long(live: Live) -> None:
+    for length, status in ((255, 200), (256, 400), (100_000, 400)):
+        body = {"prompt": [5] * length, "max_tokens": 4}
+        got, _, answer = request(live.port, "POST", TEXT, body)
+        assert got == status
+    error = assert_error(answer, "context_length_exceeded")
+    assert "This model's maximum context length is 256 tokens" in error["message"]
+    chat = {"messages": [{"role": "user", "content": "word " * 2000}], "stream": True}
+    error = refused(live, CHAT, chat)
+    assert (error["code"], error["param"]) == ("context_length_exceeded", "messages")
+
+
+def test_one_bad_prompt_refuses_all(live: Live) -> None:
+    before = request(live.port, "GET", "/load")[2]["prompt_tokens"]
+    refused(live, TEXT, {"prompt": [[5, 6], [7], [10**6]]})
+    refused(live, TEXT, {"prompt": ["a", "b " * 5000]})
+    assert request(live.port, "GET", "/load")[2]["prompt_tokens"] == before
+
+
+BAD_VALUES: dict[str, list[Any]] = {
+    "temperature": [-0.1, 101, True, "1", [1]],
+    "top_p": [0, -1, 1.1, True, "x"],
+    "top_k": [-2, 1.5, True, "x"],
+    "min_p": [-0.1, 1.1, True],
+    "presence_penalty": [-2.1, 2.1, True, "x"],
+    "frequency_penalty": [-2.1, 2.1, True],
+    "repetition_penalty": [0, -1, 101, True],
+    "seed": [2**63, -(2**63) - 1, 1.5, True, "x"],
+    "n": [0, -1, 129, 1.5, True, "2"],
+    "max_tokens": [0, -5, 1.5, True, "5"],
+    "min_tokens": [-1, 99, 2**70, True],
+    "stop": ["", [""], ["a"] * 5, 5, [5], {"a": 1}],
+    "stop_token_ids": [[-1], [10**6], 5, [1.5], [True]],
+    "logit_bias": [{"a": 1}, {"-1": 1}, {"99999999": 1}, {"5": 101}, {"5": "x"}, {"5": True},
+                   {"5.0": 1}, {"٣": 1}, [1], {"1" * 5000: 1}],
+    "allowed_token_ids": [[], [-1], [10**6], "x"],
+    "bad_words": [[""], 5, [5]],
+    "ignore_eos": [1, "true"],
+    "stream": [1, "yes"],
+    "priority": [2**40, 1.5, "x"],
+    "cache_salt": ["x" * 2000, 5],
+    "stream_options": [{"include_usage": True}, 5],
+    "model": [5, ["x"]],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BAD_VALUES)
+def test_sampling_parameters(live: Live, name: str) -> None:
+    for value in BAD_VALUES[name]:
+        body = {"max_tokens": 8} | {name: value}
+        for path, prompt in ((CHAT, {"messages": HELLO}), (TEXT, {"prompt": "fox"})):
+            error = refused(live, path, prompt | body)
+            assert name in (error["param"] or "") or name in error["message"], error
+
+
+def test_huge_numbers_that_only_ask_for_everything(live: Live) -> None:
+    stop = {"logit_bias": {"2": 100}}  # the end token comes at once
+    body = {"prompt": "fox", "max_tokens": 2**70, "top_k": 2**70, "temperature": 0} | stop
+    status, _, answer = request(live.port, "POST", TEXT, body)
+    assert status == 200
+    assert answer["choices"][0]["finish_reason"] == "stop"
+
+
+def test_logprobs(live: Live) -> None:
+    for fields in (
+        {"logprobs": True, "top_logprobs": 21},
+        {"logprobs": True, "top_logprobs": -1},
+        {"top_logprobs": 2},
+        {"logprobs": 3},
+    ):
+        refused(live, CHAT, {"messages": HELLO} | fields)
+    for value in (21, -1, True, "x"):
+        refused(live, TEXT, {"prompt": "fox", "logprobs": value})
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("suffix", "x"),
+        ("best_of", 3),
+        ("response_format", {"type": "json_object"}),
+        ("guided_json", {"type": "object"}),
+        ("functions", [{"name": "f"}]),
+        ("skip_special_tokens", False),
+        ("continue_final_message", True),
+        ("audio", {"voice": "x"}),
+    ],
+)
+def test_what_is_known_and_not_supported_is_refused_by_name(
+    live: Live, name: str, value: Any
+) -> None:
+    for path, prompt in ((CHAT, {"messages": HELLO}), (TEXT, {"prompt": "fox"})):
+        error = refused(live, path, prompt | {name: value})
+        assert (error["param"], error["code"]) == (name, "unsupported_parameter")
+
+
+def test_tool_choices_that_need_a_grammar_are_refused(live: Live) -> None:
+    tools = [{"type": "function", "function": {"name": "f"}}]
+    for choice in ("required", {"type": "function", "function": {"name": "f"}}, "x", {}):
+        body = {"messages": HELLO, "tools": tools, "tool_choice": choice}
+        assert refused(live, CHAT, body)["param"] == "tool_choice"
+    refused(live, CHAT, {"messages": HELLO, "tools": [{"type": "web_search"}]})
+    refused(live, CHAT, {"messages": HELLO, "tools": "x"})
+
+
+def test_long_values_give_short_answers(live: Live) -> None:
+    refused(live, CHAT, {"model": "m" * 100_000, "messages": HELLO}, 404)
+    refused(live, CHAT, {"messages": [{"role": "r" * 100_000, "content": "a"}]})
+    refused(live, CHAT, {"messages": HELLO, "temperature": "t" * 100_000})
+    refused(live, TEXT, {"prompt": "a", "logit_bias": {"k" * 100_000: 1}})
+    refused(live, TEXT, {"prompt": "a", "n" * 100_000: 1, "suffix": "x"})
+    assert_error(request(live.port, "GET", "/" + "p" * 10_000)[2])
+
+
+# --- below the bodies -----------------------------------------------------------------------------
+
+
+def test_header_floods(live: Live) -> None:
+    many = {f"x-{i}": "1" for i in range(90)}
+    assert request(live.port, "GET", "/health", headers=many)[0] == 200
+    with socket.create_connection(("127.0.0.1", live.port)) as sock:
+        lines = "".join(f"x-{i}: 1\r\n" for i in range(2000))
+        sock.sendall(f"GET /health HTTP/1.1\r\nHost: x\r\n{lines}\r\n".encode())
+        assert b" 431 " in sock.recv(100)
+    status, _, answer = request(live.port, "GET", "/health", headers={"x-big": "a" * (64 << 10)})
+    assert status == 431
+    assert_error(answer)
+
+
+def test_length_and_chunked_together(live: Live) -> None:
+    with socket.create_connection(("127.0.0.1", live.port)) as sock:
+        sock.sendall(
+            f"POST {TEXT} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+            "Content-Length: 5\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n".encode()
+        )
+        assert b" 400 " in sock.recv(100)
+
+
+def test_half_open_bodies_harm_nobody(live: Live) -> None:
+    head = f"POST {TEXT} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+    socks = []
+    for _ in range(100):
+        sock = socket.create_connection(("127.0.0.1", live.port))
+        sock.sendall((head + "Content-Length: 100\r\n\r\n{").encode())
+        socks.append(sock)
+    status, _, _ = request(live.port, "POST", TEXT, {"prompt": "fox", "max_tokens": 2})
+    assert status == 200
+    for sock in socks:
+        sock.close()
+    live.wait_until(lambda: live.service.num_open == 0)
+
+
+def test_a_body_that_never_comes_ends(live: Live, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("nanovllm.server.http.BODY_SECONDS", 0.2)
+    head = f"POST {TEXT} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+    with socket.create_connection(("127.0.0.1", live.port), timeout=30) as sock:
+        sock.sendall((head + "Content-Length: 100\r\n\r\n{").encode())
+        assert b" 408 " in sock.recv(100)
+
+
+def test_huge_prompts_leave_health_alone(live: Live) -> None:
+    text = " ".join(["word"] * 400_000)
+    answers: list[Any] = []
+
+    def send() -> None:
+        answers.append(request(live.port, "POST", TEXT, {"prompt": text}))
+
+    thread = threading.Thread(target=send)
+    thread.start()
+    times = []
+    while thread.is_alive():
+        began = time.monotonic()
+        assert request(live.port, "GET", "/health")[0] == 200
+        times.append(time.monotonic() - began)
+    thread.join()
+    assert_error(answers[0][2], "context_length_exceeded")
+    assert len(times) >= 3, "the prompt was refused without being read, or nobody was answered"
+    assert sorted(times)[len(times) // 2] < 0.5
+
+
+def test_keys(start: Any) -> None:
+    live = start({"api_keys": ("secret", "other")})
+    for key in ("", "Bearer", "Bearer wrong", "Bearer secre", "Bearer secretx", "secret",
+                "Basic secret", "Bearer söcret"):  # fmt: skip
+        headers = {"Authorization": key.encode().decode("latin1")} if key else {}
+        for path in ("/v1/models", "/metrics", "/load", "/none", "//health", "/health/x",
+                     "/v1/../health", "/%68ealth", "/health?x"):  # fmt: skip
+            status, found, answer = request(live.port, "GET", path, headers=headers)
+            if path == "/health?x":
+                assert status == 200
+                continue
+            assert status == 401, path
+            assert found["www-authenticate"] == "Bearer"
+            error = assert_error(answer, "invalid_api_key")
+            assert error["type"] == "authentication_error"
+            assert "secret" not in json.dumps(answer)
+    assert request(live.port, "GET", "/health")[0] == 200
+    for key in ("secret", "other"):
+        assert live.client(key).models.list().data
+    with pytest.raises(openai.AuthenticationError):
+        live.client("wrong").models.list()
+
+
+def test_any_model(start: Any) -> None:
+    live = start({"any_model": True})
+    answer = live.client().completions.create(model="gpt-x", prompt="a", max_tokens=1)
+    assert answer.model == "gpt-x"
