@@ -242,7 +242,9 @@ def _read_block(first: str, interactive: bool) -> str:
 
 
 def _read_line(prompt: str, interactive: bool) -> str:
-    if not interactive:
+    if not interactive or not sys.stdout.isatty():
+        if interactive:  # the answers go elsewhere, and the prompt does not belong there
+            print(prompt, end="", file=sys.stderr, flush=True)
         line = sys.stdin.readline()
         if not line:
             raise EOFError

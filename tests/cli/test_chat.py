@@ -12,7 +12,7 @@ from typing import Any
 import pexpect
 import pytest
 
-from nanovllm.cli import terminal
+from nanovllm.cli import chat, terminal
 from nanovllm.cli.chat import history_file
 from nanovllm.cli.conversation import ChatError, Conversation
 
@@ -115,19 +115,19 @@ def test_fit_keeps_the_last_message(num_messages: int) -> None:
     messages = [
         {"role": "assistant" if i % 2 else "user", "content": "x" * 10} for i in range(num_messages)
     ]
-    chat = Conversation({"max_tokens": 5}, "system", list(messages))
-    tokens, dropped = chat.fit(lambda m: [0] * sum(len(x["content"]) for x in m), 45)
+    talk = Conversation({"max_tokens": 5}, "system", list(messages))
+    tokens, dropped = talk.fit(lambda m: [0] * sum(len(x["content"]) for x in m), 45)
     assert len(tokens) + 5 <= 45
-    assert chat.messages == messages[dropped:]
-    assert chat.messages[-1] == messages[-1]
-    assert chat.messages[0]["role"] == "user"
+    assert talk.messages == messages[dropped:]
+    assert talk.messages[-1] == messages[-1]
+    assert talk.messages[0]["role"] == "user"
     assert dropped == max(0, num_messages - 3)
 
 
 def test_fit_refuses_what_cannot_fit() -> None:
-    chat = Conversation({}, None, [{"role": "user", "content": "x"}])
+    talk = Conversation({}, None, [{"role": "user", "content": "x"}])
     with pytest.raises(ChatError, match=r"50 tokens.*40"):
-        chat.fit(lambda m: [0] * 50, 40)
+        talk.fit(lambda m: [0] * 50, 40)
 
 
 def test_in_a_terminal(tiny: Path, tmp_path: Path) -> None:
@@ -190,6 +190,14 @@ def test_colours(
     assert (terminal.styled("x", "1") != "x") is coloured
     monkeypatch.setattr("sys.stderr.isatty", lambda: False)
     assert terminal.styled("x", "1") == "x"
+
+
+def test_the_prompt_stays_out_of_redirected_answers(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.stdin", io.StringIO("one\\\ntwo\n"))
+    assert chat._read_turn(interactive=True) == "one\ntwo"
+    assert tuple(capsys.readouterr()) == ("", "> . ")
 
 
 def test_history_follows_the_xdg_directory(monkeypatch: pytest.MonkeyPatch) -> None:
