@@ -55,13 +55,15 @@ class Case:
     def shortened(self, scale: float) -> Case:
         """Prompts and outputs times scale, at least one token each."""
 
-        def cut(request: Request) -> Request:
-            length = max(1, round(len(request.prompt) * scale))
-            return Request(request.prompt[:length], max(1, round(request.max_tokens * scale)))
+        shared = round(self.shared_prefix * scale)
 
-        prefix = round(self.shared_prefix * scale)
-        cases = tuple(cut(request) for request in self.requests)
-        return replace(self, requests=cases, shared_prefix=prefix)
+        def cut(request: Request) -> Request:
+            own = request.prompt[self.shared_prefix :]
+            prompt = request.prompt[:shared] + own[: max(1, round(len(own) * scale))]
+            return Request(prompt, max(1, round(request.max_tokens * scale)))
+
+        requests = tuple(cut(request) for request in self.requests)
+        return replace(self, requests=requests, shared_prefix=shared)
 
 
 def nano(num_requests: int | None = None) -> list[Case]:

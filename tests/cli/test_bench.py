@@ -70,6 +70,9 @@ def test_scaling_keeps_requests() -> None:
     small = case.shortened(0.1)
     assert len(small.requests) == 8
     assert small.shared_prefix == 10
+    assert len({r.prompt[:10] for r in small.requests}) == 1
+    assert len({r.prompt[10:11] for r in small.requests}) > 1
+    assert small.num_prompt_tokens == pytest.approx(case.num_prompt_tokens / 10, abs=8)
     assert all(r.max_tokens >= 1 and len(r.prompt) >= 1 for r in case.shortened(1e-4).requests)
 
 
