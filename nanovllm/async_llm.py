@@ -16,8 +16,8 @@ from typing import Any
 
 from nanovllm.build import EngineInfo, build_engine
 from nanovllm.config import EngineConfig
-from nanovllm.errors import EngineClosedError, NanoVLLMError
-from nanovllm.llm import Prompt, encode_prompt
+from nanovllm.errors import EngineClosedError, InvalidRequestError, NanoVLLMError
+from nanovllm.llm import Prompt, encode_prompt, encode_salt
 from nanovllm.outputs import Delta
 from nanovllm.requests import RequestTracker
 from nanovllm.sampling_params import SamplingParams
@@ -69,7 +69,10 @@ class AsyncLLM:
         EngineClosedError if the engine is closed meanwhile.
         """
         params = SamplingParams() if sampling_params is None else sampling_params
+        if not isinstance(params, SamplingParams):
+            raise InvalidRequestError(f"sampling_params must be SamplingParams, got {params!r}")
         text, token_ids = encode_prompt(self._engine, prompt, params)
+        salt = encode_salt(cache_salt)
         request_id = f"request-{next(self._ids)}" if request_id is None else request_id
         loop = asyncio.get_running_loop()
         deltas: asyncio.Queue[Delta | BaseException] = asyncio.Queue()
@@ -80,7 +83,7 @@ class AsyncLLM:
 
         def add() -> None:
             sequences = self._engine.core.add(
-                request_id, token_ids, params, priority=priority, salt=cache_salt.encode()
+                request_id, token_ids, params, priority=priority, salt=salt
             )
             self._tracker.add(request_id, text, token_ids, params, sequences)
             self._sinks[request_id] = sink

@@ -6,6 +6,7 @@ Thin: feeds the same engine as everything else. One thread at a time may use an 
 from __future__ import annotations
 
 import itertools
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Self
@@ -13,6 +14,7 @@ from typing import Any, Self
 from nanovllm.build import Engine, EngineInfo, build_engine
 from nanovllm.config import EngineConfig
 from nanovllm.errors import InvalidRequestError
+from nanovllm.interrupts import interrupts_deferred
 from nanovllm.outputs import Delta, RequestOutput
 from nanovllm.progress import Progress
 from nanovllm.requests import RequestTracker
@@ -42,6 +44,7 @@ class LLMEngine:
         )
         self._ids = itertools.count()
         self._unreported: dict[str, RequestOutput] = {}  # changed outside of `step`
+        self._streams: dict[str, deque[Delta]] = {}  # not yet read; of the streams that are open
 
     @property
     def info(self) -> EngineInfo:
@@ -70,7 +73,8 @@ class LLMEngine:
         if not isinstance(params, SamplingParams):
             raise InvalidRequestError(f"sampling_params must be SamplingParams, got {params!r}")
         encoded = encode_prompt(self._engine, prompt, params)
-        return self._add(encoded, params, request_id, priority, cache_salt.encode()).request_id
+        salt = encode_salt(cache_salt)
+        return self._add(encoded, params, request_id, priority, salt).request_id
 
     def _add(
         self,
@@ -83,14 +87,14 @@ class LLMEngine:
         text, token_ids = encoded
         request_id = f"request-{next(self._ids)}" if request_id is None else request_id
         core = self._engine.core
-        sequences = core.add(request_id, token_ids, params, priority=priority, salt=salt)
-        return self._tracker.add(request_id, text, token_ids, params, sequences)
+        with interrupts_deferred():
+            sequences = core.add(request_id, token_ids, params, priority=priority, salt=salt)
+            return self._tracker.add(request_id, text, token_ids, params, sequences)
 
     def step(self) -> list[RequestOutput]:
         """Advances the engine by one step; the requests that changed, with all they have so far."""
+        self._advance()
         changed, self._unreported = self._unreported, {}
-        for delta in self._advance():
-            changed[delta.request_id] = self._tracker.outputs[delta.request_id]
         for request_id, output in changed.items():
             if output.finished:
                 self._tracker.forget(request_id)
@@ -102,9 +106,10 @@ class LLMEngine:
 
     def abort(self, request_id: str) -> None:
         """Ends a request; its KV blocks are free at once. An unknown id is ignored."""
-        for seq in self._engine.core.abort(request_id):
-            self._tracker.end(seq, "abort")
-            self._unreported[request_id] = self._tracker.outputs[request_id]
+        with interrupts_deferred():
+            for seq in self._engine.core.abort(request_id):
+                self._to_stream(self._tracker.end(seq, "abort"))
+                self._unreported[request_id] = self._tracker.outputs[request_id]
 
     def generate(
         self,
@@ -129,11 +134,11 @@ class LLMEngine:
             self._engine.core.validate(token_ids, p)
         outputs: list[RequestOutput] = []
         try:
-            for one, p in zip(encoded, params, strict=True):
-                outputs.append(self._add(one, p))  # one by one: an interrupt finds all of them
+            with interrupts_deferred():
+                outputs += [self._add(one, p) for one, p in zip(encoded, params, strict=True)]
             with Progress(len(outputs), disable=not use_tqdm) as progress:
                 while not all(output.finished for output in outputs):
-                    progress.update(self._advance_all(), outputs)
+                    progress.update(self._advance(), outputs)
         finally:
             self._release(outputs)
         return outputs[0] if single else outputs
@@ -153,33 +158,44 @@ class LLMEngine:
         return self._stream(encoded, params)
 
     def _stream(self, encoded: EncodedPrompt, params: SamplingParams) -> Iterator[Delta]:
-        output = self._add(encoded, params)
+        outputs: list[RequestOutput] = []
         try:
-            while not output.finished:
-                for delta in self._advance_all():
-                    if delta.request_id == output.request_id:
-                        yield delta
+            with interrupts_deferred():
+                outputs.append(self._add(encoded, params))
+                unread = self._streams[outputs[0].request_id] = deque()
+            while unread or not outputs[0].finished:
+                if not unread:
+                    self._advance()
+                while unread:
+                    yield unread.popleft()
         finally:
-            self._release([output])
+            self._release(outputs)
 
     def _advance(self) -> list[Delta]:
-        """One step of the engine; the deltas of all requests."""
-        deltas = (self._tracker.apply(update) for update in self._engine.core.step())
-        return [delta for delta in deltas if delta is not None]
+        """One step of the engine; the deltas of all requests. `step` reports them later.
 
-    def _advance_all(self) -> list[Delta]:
-        """One step on behalf of one call; what others asked for is reported by `step` later."""
-        deltas = self._advance()
-        for delta in deltas:
-            self._unreported[delta.request_id] = self._tracker.outputs[delta.request_id]
+        Ctrl-C is handled at the end of the step.
+        """
+        with interrupts_deferred():
+            updates = (self._tracker.apply(update) for update in self._engine.core.step())
+            deltas = [delta for delta in updates if delta is not None]
+            for delta in deltas:
+                self._to_stream(delta)
+                self._unreported[delta.request_id] = self._tracker.outputs[delta.request_id]
         return deltas
 
+    def _to_stream(self, delta: Delta) -> None:
+        if delta.request_id in self._streams:
+            self._streams[delta.request_id].append(delta)
+
     def _release(self, outputs: list[RequestOutput]) -> None:
-        for output in outputs:
-            if not output.finished:
-                self.abort(output.request_id)
-            self._unreported.pop(output.request_id, None)
-            self._tracker.forget(output.request_id)
+        with interrupts_deferred():
+            for output in outputs:
+                if not output.finished:
+                    self.abort(output.request_id)
+                self._unreported.pop(output.request_id, None)
+                self._streams.pop(output.request_id, None)
+                self._tracker.forget(output.request_id)
 
     def close(self) -> None:
         """Releases threads and memory; later calls raise EngineClosedError."""
@@ -257,11 +273,18 @@ def encode_prompt(engine: Engine, prompt: Prompt, params: SamplingParams) -> Enc
             raise InvalidRequestError("a text prompt needs a tokenizer: pass token ids")
         try:
             return prompt, engine.tokenizer.encode(prompt)
-        except UnicodeEncodeError as error:
+        except (UnicodeEncodeError, TypeError) as error:  # how a lone surrogate is refused
             raise InvalidRequestError(f"the prompt is not valid Unicode: {error}") from None
     if not isinstance(prompt, Sequence) or isinstance(prompt, (bytes, bytearray)):
         raise InvalidRequestError(f"a prompt must be a string or a list of token ids: {prompt!r}")
     return None, [*prompt]
+
+
+def encode_salt(cache_salt: str) -> bytes:
+    """Raises InvalidRequestError if cache_salt is not text."""
+    if not isinstance(cache_salt, str):
+        raise InvalidRequestError(f"cache_salt must be a string, got {cache_salt!r}")
+    return cache_salt.encode(errors="surrogatepass")
 
 
 def _is_token_ids(value: Any) -> bool:

@@ -1,81 +1,17 @@
-"""Shared fixtures: small random models of every family, made by transformers on the spot."""
+"""Shared fixtures: directories of small random models, made once a session."""
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-import transformers
-
-SMALL = {
-    "vocab_size": 199,
-    "hidden_size": 64,
-    "intermediate_size": 112,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 512,
-    "eos_token_id": 3,
-    "bos_token_id": 1,
-}
-YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
-LLAMA3 = {
-    "rope_type": "llama3",
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 64,
-}
-FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
-    "qwen3": ("Qwen3", {"head_dim": 32, "tie_word_embeddings": True}),
-    "qwen3-untied-bias": ("Qwen3", {"head_dim": 16, "attention_bias": True}),
-    "qwen2": ("Qwen2", {"tie_word_embeddings": True}),
-    "qwen2-window": (
-        "Qwen2",
-        {"use_sliding_window": True, "sliding_window": 24, "max_window_layers": 1},
-    ),
-    "qwen2-yarn": ("Qwen2", {"rope_parameters": YARN | {"rope_theta": 10000.0}}),
-    "llama": ("Llama", {}),
-    "llama-mha-bias": (
-        "Llama",
-        {"num_key_value_heads": 4, "attention_bias": True, "mlp_bias": True},
-    ),
-    "llama-linear": (
-        "Llama",
-        {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 10000.0}},
-    ),
-    "llama3": ("Llama", {"rope_parameters": LLAMA3 | {"rope_theta": 500000.0}}),
-    "mistral": ("Mistral", {"sliding_window": 16, "head_dim": 24}),
-}
-
-
-def make_model(directory: Path, family: str, **overrides: Any) -> Path:
-    """Writes a random model of a family, spread so that its logits differ clearly."""
-    kind, fields = FAMILIES[family]
-    config = getattr(transformers, f"{kind}Config")(**(SMALL | fields | overrides))
-    torch.manual_seed(7)
-    model = getattr(transformers, f"{kind}ForCausalLM")(config)
-    with torch.no_grad():
-        for name, weight in model.named_parameters():
-            if weight.ndim == 1:
-                weight.copy_(torch.randn_like(weight) * 0.1 + (0.0 if "bias" in name else 1.0))
-            else:
-                weight.copy_(torch.randn_like(weight) * 0.12)
-    model.save_pretrained(directory)
-    return directory
-
-
-def edit_json(path: Path, **fields: Any) -> None:
-    """Changes fields of a JSON object in place."""
-    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+from tiny_models import make_model, make_text_model
 
 
 @pytest.fixture(scope="session")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """models(family) is the directory of a random model, made once a session."""
+    """models(family) is the directory of a random model without a tokenizer."""
     made: dict[str, Path] = {}
 
     def get(family: str) -> Path:
@@ -84,3 +20,9 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Any:
         return made[family]
 
     return get
+
+
+@pytest.fixture(scope="session")
+def text_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random model with a tokenizer and a chat template."""
+    return make_text_model(tmp_path_factory.mktemp("models") / "text")

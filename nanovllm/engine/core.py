@@ -85,6 +85,8 @@ class EngineCore:
         self._check_open()
         if request_id in self._groups:
             raise InvalidRequestError(f"request id {request_id!r} is in use")
+        if not isinstance(priority, int):
+            raise InvalidRequestError(f"priority must be an integer, got {priority!r}")
         self.validate(prompt_token_ids, params)
         now = self._clock() if arrival is None else arrival
         base = params.seed if params.seed is not None else _mix(self._seed, self._num_requests)

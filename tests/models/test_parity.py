@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import FAMILIES
 from reference import (
     BACKENDS,
     GREEDY,
@@ -20,6 +19,7 @@ from reference import (
     runner_of,
     use_torch_ops,
 )
+from tiny_models import FAMILIES
 
 from nanovllm import LLM
 

@@ -11,19 +11,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import edit_json, make_model
+from tiny_models import make_model
 
-from .live_server import Live, make_tokenizer
+from .live_server import Live, make_model
 
 
 @pytest.fixture(scope="session")
 def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("server") / "tiny"
     directory.mkdir()
-    size = make_tokenizer(directory)
-    make_model(directory, "qwen3", vocab_size=size, num_hidden_layers=2, eos_token_id=2)
-    make_tokenizer(directory)
-    edit_json(directory / "generation_config.json", eos_token_id=2)
+    make_model(directory)
     return directory
 
 

@@ -1,0 +1,279 @@
+"""Wrong use gets our errors, with the numbers, and the engine goes on as if nothing had been."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny_models import edit_json, make_model
+
+from nanovllm import (
+    LLM,
+    ConfigError,
+    ContextLengthError,
+    EngineClosedError,
+    InvalidRequestError,
+    LLMEngine,
+    ModelLoadError,
+    SamplingParams,
+    UnsupportedModelError,
+)
+
+SMALL: dict[str, Any] = {
+    "max_num_seqs": 4,
+    "block_size": 8,
+    "num_kv_blocks": 32,
+    "dtype": "float32",
+}
+
+
+@pytest.fixture(scope="module")
+def shared(text_model: Path) -> Iterator[LLM]:
+    with LLM(str(text_model), max_model_len=64, **SMALL) as llm:
+        yield llm
+
+
+@pytest.fixture
+def llm(shared: LLM) -> Iterator[LLM]:
+    """An engine that must be as good as new after the test."""
+    yield shared
+    core = shared._engine.core
+    assert core.is_finished
+    assert core.scheduler.blocks.num_used == 0
+    assert not shared._tracker.outputs
+    core.scheduler.check_integrity()
+    answer = shared.generate(
+        [9, 8, 7], temperature=0, max_tokens=4, ignore_eos=True, use_tqdm=False
+    )
+    assert len(answer.token_ids) == 4
+
+
+BAD_PROMPTS: list[tuple[Any, type[Exception], str]] = [
+    ("", InvalidRequestError, "the prompt is empty"),
+    ([[]], InvalidRequestError, "the prompt is empty"),
+    ([[5, 384]], InvalidRequestError, r"must be in \[0, 383\], got 384"),
+    ([[-1]], InvalidRequestError, r"must be in \[0, 383\], got -1"),
+    ([[5, True]], InvalidRequestError, "must be an integer: True"),
+    ([[5, 1.5]], InvalidRequestError, "must be an integer: 1.5"),
+    ([["a"]], InvalidRequestError, "must be an integer: 'a'"),
+    ([None], InvalidRequestError, "a string or a list of token ids: None"),
+    ([b"bytes"], InvalidRequestError, "a string or a list of token ids"),
+    (["\ud800"], InvalidRequestError, "not valid Unicode"),
+    ([[5] * 64], ContextLengthError, "maximum context length is 64 tokens.* 64; at most 63"),
+    ([[5] * 99], ContextLengthError, "maximum context length is 64 tokens.* 99; at most 63"),
+]
+
+
+@pytest.mark.parametrize(("prompt", "kind", "message"), BAD_PROMPTS)
+def test_prompts(llm: LLM, prompt: Any, kind: type[Exception], message: str) -> None:
+    with pytest.raises(kind, match=message):
+        llm.generate(prompt, use_tqdm=False)
+    with pytest.raises(kind, match=message):
+        llm.stream(prompt if isinstance(prompt, str) else prompt[0])
+
+
+def test_one_bad_prompt_among_good_ones_runs_nothing(llm: LLM) -> None:
+    with pytest.raises(InvalidRequestError, match="got 1000"):
+        llm.generate(["good", [1, 2], [1000]], use_tqdm=False)
+    assert llm.is_finished()
+
+
+def test_a_prompt_that_just_fits(llm: LLM) -> None:
+    output = llm.generate([5] * 63, ignore_eos=True, max_tokens=9, use_tqdm=False)
+    assert len(output.token_ids) == 1
+    assert output.finish_reason == "length"
+
+
+BAD_SAMPLING: list[tuple[dict[str, Any], str]] = [
+    ({"max_tokens": 0}, "max_tokens must be an integer of at least 1, got 0"),
+    ({"max_tokens": 2.0}, "max_tokens must be an integer"),
+    ({"temperature": float("nan")}, r"temperature must be a number in \[0, 100\], got nan"),
+    ({"temperature": -0.1}, "temperature must be"),
+    ({"temperature": float("inf")}, "temperature must be"),
+    ({"temperature": "hot"}, "temperature must be"),
+    ({"top_p": 0.0}, r"top_p must be a number in \(0, 1\], got 0.0"),
+    ({"top_p": 1.1}, "top_p must be"),
+    ({"top_k": -2}, "top_k must be an integer of at least -1"),
+    ({"min_p": 1.5}, r"min_p must be a number in \[0, 1\]"),
+    ({"presence_penalty": 3}, r"presence_penalty must be a number in \[-2, 2\]"),
+    ({"frequency_penalty": -2.1}, r"frequency_penalty must be a number in \[-2, 2\]"),
+    ({"repetition_penalty": 0.0}, r"repetition_penalty must be a number in \(0, 100\]"),
+    ({"n": 0}, r"n must be an integer in \[1, 128\], got 0"),
+    ({"n": True}, "n must be an integer"),
+    ({"seed": 2**63}, "seed must be an integer"),
+    ({"min_tokens": 9, "max_tokens": 8}, r"min_tokens \(9\) must not exceed max_tokens \(8\)"),
+    ({"logprobs": 21}, r"logprobs must be an integer in \[0, 20\], got 21"),
+    ({"prompt_logprobs": -1}, "prompt_logprobs must be an integer"),
+    ({"stop": [""]}, "stop must be .* none of them empty"),
+    ({"stop": 5}, "stop must be a string or a list of strings"),
+    ({"stop": "x", "detokenize": False}, "stop strings need detokenize=True"),
+    ({"stop_token_ids": "12"}, "stop_token_ids must be a list of token ids"),
+    ({"stop_token_ids": [384]}, r"stop_token_ids must be in \[0, 383\], got 384"),
+    ({"logit_bias": {1: 101.0}}, r"logit_bias must be a number in \[-100, 100\]"),
+    ({"logit_bias": {384: 1.0}}, r"logit_bias must be in \[0, 383\], got 384"),
+    ({"logit_bias": [1]}, "logit_bias must be a mapping"),
+    ({"allowed_token_ids": []}, "allowed_token_ids must name at least one"),
+    ({"allowed_token_ids": [500]}, r"allowed_token_ids must be in \[0, 383\], got 500"),
+    ({"ignore_eos": "no"}, "ignore_eos must be True or False"),
+    ({"temprature": 1.0}, "unknown sampling parameter 'temprature'; did you mean 'temperature'"),
+    ({"max_new_tokens": 5}, "unknown sampling parameter 'max_new_tokens'; did you mean 'm"),
+    ({"zzz": 5}, "unknown sampling parameter 'zzz'$"),
+]
+
+
+@pytest.mark.parametrize(("options", "message"), BAD_SAMPLING, ids=str)
+def test_sampling(llm: LLM, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(InvalidRequestError, match=message):
+        llm.generate("Hello", use_tqdm=False, **options)
+
+
+def test_params_must_match_prompts(llm: LLM) -> None:
+    with pytest.raises(InvalidRequestError, match="2 prompts but 1 sampling_params"):
+        llm.generate(["a", "b"], [SamplingParams()], use_tqdm=False)
+    with pytest.raises(InvalidRequestError, match=r"not both.*max_tokens"):
+        llm.generate("a", SamplingParams(), use_tqdm=False, max_tokens=3)
+    with pytest.raises(InvalidRequestError, match="must be SamplingParams, got"):
+        llm.add_request("a", {"max_tokens": 3})  # type: ignore[arg-type]
+
+
+def test_request_ids_are_unique_while_in_use(llm: LLM) -> None:
+    llm.add_request("a", request_id="mine")
+    with pytest.raises(InvalidRequestError, match="'mine' is in use"):
+        llm.add_request("b", request_id="mine")
+    llm.abort("mine")
+    llm.abort("nobody's")
+    assert [output.finish_reason for output in llm.step()] == ["abort"]
+    assert llm.is_finished()
+
+
+@pytest.mark.parametrize("options", [{"priority": "high"}, {"cache_salt": 5}], ids=str)
+def test_options_of_a_request(llm: LLM, options: dict[str, Any]) -> None:
+    with pytest.raises(InvalidRequestError, match=next(iter(options))):
+        llm.add_request("a", **options)
+
+
+def test_chats(llm: LLM, models: Any) -> None:
+    for bad in ([], [{"content": "no role"}], ["text"]):
+        with pytest.raises(InvalidRequestError):
+            llm.chat(bad)
+    with (
+        LLM(str(models("qwen3")), skip_tokenizer_init=True, **SMALL) as bare,
+        pytest.raises(InvalidRequestError, match="tokenizer"),
+    ):
+        bare.chat([{"role": "user", "content": "hi"}])
+
+
+BAD_OPTIONS: list[tuple[dict[str, Any], str]] = [
+    ({"max_num_seq": 3}, "unknown engine option 'max_num_seq'; did you mean 'max_num_seqs'"),
+    ({"gpu_memory_utilisation": 0.5}, "did you mean 'gpu_memory_utilization'"),
+    ({"dtype": "float8"}, "dtype must be one of .*, got 'float8'"),
+    ({"device": "tpu"}, "device must be one of"),
+    ({"block_size": 12}, "block_size must be a multiple of 8 up to 256, got 12"),
+    ({"max_model_len": 0}, "max_model_len must be an integer of at least 1, got 0"),
+    ({"max_num_batched_tokens": -1}, "max_num_batched_tokens must be"),
+    ({"gpu_memory_utilization": 1.5}, r"gpu_memory_utilization must be in \(0, 1\], got 1.5"),
+    ({"tensor_parallel_size": 0}, "tensor_parallel_size"),
+    ({"attention_backend": "magic"}, "attention_backend must be auto or one of .*got 'magic'"),
+    ({"enable_prefix_caching": 1}, "enable_prefix_caching must be True or False"),
+    ({"seed": "x"}, "seed must be an integer"),
+]
+
+
+@pytest.mark.parametrize(("options", "message"), BAD_OPTIONS, ids=str)
+def test_engine_options(text_model: Path, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        LLM(str(text_model), **options)
+
+
+def test_used_after_close(text_model: Path) -> None:
+    llm = LLM(str(text_model), **SMALL)
+    llm.add_request("unfinished")
+    llm.close()
+    llm.close()
+    for use in (lambda: llm.generate("a"), llm.step, lambda: llm.add_request("a")):
+        with pytest.raises(EngineClosedError, match="closed"):
+            use()
+    with pytest.raises(EngineClosedError, match="closed"):
+        list(llm.stream("a"))
+
+
+def test_directories_that_are_no_model(text_model: Path, tmp_path: Path) -> None:
+    with pytest.raises(ModelLoadError, match="there is no directory"):
+        LLM(str(tmp_path / "absent"))
+    with pytest.raises(ModelLoadError, match=r"has no config\.json"):
+        LLM(str(tmp_path))
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(ModelLoadError, match="is not JSON"):
+        LLM(str(tmp_path))
+    (tmp_path / "config.json").write_text('{"architectures": ["GPT2LMHeadModel"]}')
+    with pytest.raises(UnsupportedModelError, match=r"GPT2LMHeadModel.*known: .*Qwen3ForCausalLM"):
+        LLM(str(tmp_path))
+    with pytest.raises(ModelLoadError, match="is a file"):
+        LLM(str(text_model / "config.json"))
+
+
+def test_directory_without_a_tokenizer(models: Any) -> None:
+    directory = str(models("qwen3"))
+    with pytest.raises(ModelLoadError, match=r"no tokenizer\.json.*skip_tokenizer_init=True"):
+        LLM(directory)
+    with LLM(directory, skip_tokenizer_init=True, **SMALL) as llm:
+        with pytest.raises(InvalidRequestError, match="a text prompt needs a tokenizer"):
+            llm.generate("text", use_tqdm=False)
+        with pytest.raises(InvalidRequestError, match="stop strings"):
+            llm.generate([5], stop="x", use_tqdm=False)
+        output = llm.generate([5, 6], max_tokens=3, ignore_eos=True, use_tqdm=False)
+        assert (len(output.token_ids), output.text) == (3, "")
+
+
+def test_damaged_tokenizer(text_model: Path, tmp_path: Path) -> None:
+    shutil.copytree(text_model, tmp_path / "model")
+    (tmp_path / "model" / "tokenizer.json").write_text("[]")
+    with pytest.raises(ModelLoadError, match=r"tokenizer\.json cannot be read"):
+        LLM(str(tmp_path / "model"))
+    edit_json(tmp_path / "model" / "config.json", hidden_act="gelu")
+    with pytest.raises(ModelLoadError, match="gelu"):
+        LLM(str(tmp_path / "model"))
+
+
+def test_numbers_that_are_none_end_only_their_request(tmp_path: Path) -> None:
+    """One token's embedding is NaN: prompts with it fail, and what they cached is not reused."""
+    directory = make_model(tmp_path / "nan", "llama", tie_word_embeddings=False)
+    weights = load_file(directory / "model.safetensors")
+    weights["model.embed_tokens.weight"][7] = torch.nan
+    save_file(weights, directory / "model.safetensors", {"format": "pt"})
+    good, bad = [5, 6] * 10, [5, 6] * 4 + [7] * 10
+    params = SamplingParams(temperature=0, max_tokens=6, ignore_eos=True, logit_bias={7: -100})
+    with LLMEngine(str(directory), skip_tokenizer_init=True, **SMALL) as engine:
+        expected = engine.generate([good], params)[0].token_ids
+        outputs = engine.generate([bad, good, bad, good], params)
+        for output in outputs[::2]:
+            assert output.finish_reason == "error"
+            assert output.token_ids == []
+            assert "not finite" in (output.outputs[0].error or "")
+        assert [output.token_ids for output in outputs[1::2]] == [expected] * 2
+        assert engine.generate([bad[:18]], params)[0].finish_reason == "error"
+        assert engine._engine.core.scheduler.blocks.num_used == 0
+
+
+def test_a_step_that_raises_ends_its_requests_alone(text_model: Path) -> None:
+    with LLMEngine(str(text_model), **SMALL) as engine:
+        runner: Any = engine._engine.core._executor._runner  # type: ignore[attr-defined]
+        expected = engine.generate("again", temperature=0, max_tokens=5, ignore_eos=True).token_ids
+        copy_blocks = runner._copy_blocks
+
+        def broken(plan: Any) -> None:
+            runner._copy_blocks = copy_blocks
+            raise RuntimeError("out of magic")
+
+        runner._copy_blocks = broken
+        output = engine.generate("again", temperature=0, max_tokens=5, ignore_eos=True)
+        assert output.finish_reason == "error"
+        assert output.outputs[0].error == "RuntimeError: out of magic"
+        again = engine.generate("again", temperature=0, max_tokens=5, ignore_eos=True)
+        assert again.token_ids == expected
+        assert again.metrics.num_cached_tokens == 0

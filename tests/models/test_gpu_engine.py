@@ -1,0 +1,77 @@
+"""The engine on a GPU against the engine on a CPU, in float32."""
+
+import pytest
+import torch
+from tiny_models import FAMILIES, make_model
+
+from nanovllm import LLM, SamplingParams
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device"),
+]
+GENERATOR = torch.Generator().manual_seed(3)
+PROMPTS = [
+    torch.randint(5, 199, (n,), generator=GENERATOR).tolist() for n in (1, 7, 33, 120, 64, 90)
+]
+GREEDY = SamplingParams(temperature=0.0, max_tokens=20, ignore_eos=True)
+OPTIONS = {"dtype": "float32", "skip_tokenizer_init": True, "num_kv_blocks": 64}
+
+
+def tokens(model, params, prompts=PROMPTS, **options):
+    with LLM(str(model), **(OPTIONS | options)) as llm:
+        return [output.token_ids for output in llm.generate(prompts, params, use_tqdm=False)]
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory):
+    return tmp_path_factory.mktemp("models")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_greedy_tokens_are_those_of_the_cpu(family, directory):
+    model = make_model(directory / family, family)
+    want = tokens(model, GREEDY, device="cpu", block_size=32)
+    assert tokens(model, GREEDY, device="cuda") == want
+    chunked = {"max_num_batched_tokens": 50, "block_size": 16, "max_num_seqs": 3}
+    assert tokens(model, GREEDY, device="cuda", **chunked) == want
+    assert tokens(model, GREEDY, device="cuda", enforce_eager=True) == want
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {},
+        {"top_k": 5},
+        {"top_p": 0.8},
+        {"min_p": 0.02},
+        {"repetition_penalty": 1.3, "presence_penalty": 0.5},
+        {"min_tokens": 10, "logit_bias": {9: 2.0}},
+    ],
+)
+def test_seeded_rows_do_not_depend_on_the_batch_or_on_graphs(changed, directory):
+    model = make_model(directory / "sampled", "qwen3")
+    params = SamplingParams(temperature=0.9, seed=5, max_tokens=20, ignore_eos=True, **changed)
+    alone = tokens(model, params, PROMPTS[2:3], device="cuda")[0]
+    assert len(set(alone)) > 3
+    plain = SamplingParams(temperature=1.0, max_tokens=20, ignore_eos=True)
+    mixed = [params if i == 2 else plain for i in range(len(PROMPTS))]
+    assert tokens(model, mixed, device="cuda")[2] == alone
+    assert tokens(model, mixed, device="cuda", enforce_eager=True)[2] == alone
+
+
+def test_logprobs_are_those_of_the_cpu(directory):
+    model = make_model(directory / "logprobs", "llama")
+    params = SamplingParams(
+        temperature=0.0, max_tokens=8, ignore_eos=True, logprobs=3, prompt_logprobs=2
+    )
+    found = []
+    for options in ({"device": "cpu", "block_size": 32}, {"device": "cuda"}):
+        with LLM(str(model), **(OPTIONS | options)) as llm:
+            found.append(llm.generate(PROMPTS, params, use_tqdm=False))
+    for cpu, gpu in zip(*found, strict=True):
+        assert gpu.token_ids == cpu.token_ids
+        for ours, theirs in zip(gpu.logprobs, cpu.logprobs, strict=True):
+            assert [*ours] == [*theirs]
+            for token, entry in ours.items():
+                assert entry.logprob == pytest.approx(theirs[token].logprob, abs=1e-3)
