@@ -175,9 +175,9 @@ struct Attention {
         k[i] = base + a.cache.slot(block, head, (key + i) % a.cache.block_size);
         v[i] = k[i] + a.cache.value_offset();
       }
-      long block_bytes = num_steps<Kind>(a.cache.dim) * Kind::kBytes;
-      for (int b = 0; b < kTileVectors; b++) {
-        pack_block<Kind>(k + b * kLanes, a.cache.dim, keys + b * block_bytes);
+      for (int i = 0; i < kTileVectors; i++) {
+        pack_columns<Kind>(k + i * kLanes, a.cache.dim, keys + i * Kind::kBytes,
+                           kTileVectors * Kind::kBytes);
       }
       for (long s = 0; s < num_steps<Kind>(kKeys); s++) {
         pack_value_step(v + s * Kind::kDepth, values + s * a.vectors * Kind::kBytes);
@@ -204,10 +204,9 @@ struct Attention {
     void attend(long p, long key) {
       int rows = panels.size(p);
       long first = panels.first(p);
-      long steps = num_steps<Kind>(a.cache.dim);
       tile_rows<Kind, kTileVectors>(rows, {queries + first * a.query_row,
-                                           {keys, Kind::kBytes, steps * Kind::kBytes},
-                                           steps, scores, kKeys, true});
+                                           {keys, kTileVectors * Kind::kBytes, Kind::kBytes},
+                                           num_steps<Kind>(a.cache.dim), scores, kKeys, true});
       for (int r = 0; r < rows; r++) soften(first + r, key, scores + r * kKeys, weights + r * kSlab);
       long step = a.vectors * Kind::kBytes;
       Product<Kind> product{weights, {values, step, Kind::kBytes}, num_steps<Kind>(kKeys),

@@ -1,59 +1,60 @@
 // Linear layers over packed weights, and the rows of a packed weight as embeddings.
-#include <sys/mman.h>
-
 #include <algorithm>
-#include <cstdlib>
 #include <vector>
 
+#include "memory.h"
 #include "pack.h"
 #include "pool.h"
 
 namespace nanovllm {
 namespace {
 
-constexpr long kHugePage = 2 << 20;
 constexpr long kRowsPerChunk = 256;       // whose sums stay in a second-level cache
 constexpr long kSmallWork = 1 << 18;      // multiply-adds that a second thread would not hasten
 constexpr long kGroup = kTileVectors * kLanes;  // columns of a tile
 
 struct Packed {
   char* data;
+  Region* region;
   long n, k;
   int dtype;
 
-  long num_blocks() const { return (n + kLanes - 1) / kLanes; }
+  long num_vectors() const { return (n + kLanes - 1) / kLanes; }
+  long num_groups() const { return (num_vectors() + kTileVectors - 1) / kTileVectors; }
+};
+
+// Vectors [first, first + count) of a packed weight.
+template <class Kind>
+struct Group {
+  long first, count;
+  Weights weights;
+
+  Group(const Packed& w, long group) {
+    first = group * kTileVectors;
+    count = std::min<long>(kTileVectors, w.num_vectors() - first);
+    weights = {w.data + first * num_steps<Kind>(w.k) * Kind::kBytes, count * Kind::kBytes,
+               Kind::kBytes};
+  }
 };
 
 template <class Kind>
-long block_bytes(const Packed& w) {
-  return num_steps<Kind>(w.k) * Kind::kBytes;
-}
-
-char* allocate(long bytes) {
-  bool huge = bytes >= 2 * kHugePage;
-  long unit = huge ? kHugePage : 64;
-  bytes = (bytes + unit - 1) / unit * unit;
-  void* memory = nullptr;
-  if (posix_memalign(&memory, unit, bytes) != 0) return nullptr;
-#if defined(MADV_HUGEPAGE)
-  if (huge) madvise(memory, bytes, MADV_HUGEPAGE);
-#endif
-  return static_cast<char*>(memory);
-}
-
-template <class Kind>
 Packed* pack(const typename Kind::Element* weight, long n, long k, int dtype) {
-  Packed shape{nullptr, n, k, dtype};
-  shape.data = allocate(shape.num_blocks() * block_bytes<Kind>(shape));
+  Packed shape{nullptr, nullptr, n, k, dtype};
+  long bytes = shape.num_vectors() * num_steps<Kind>(k) * Kind::kBytes;
+  shape.data = allocate_weight(bytes, &shape.region);
   if (shape.data == nullptr) return nullptr;
   std::vector<typename Kind::Element> zeros(k);
-  parallel_for(static_cast<int>(shape.num_blocks()), [&](int block) {
-    const typename Kind::Element* columns[kLanes];
-    for (int j = 0; j < kLanes; j++) {
-      long column = block * kLanes + j;
-      columns[j] = column < n ? weight + column * k : zeros.data();
+  parallel_for(static_cast<int>(shape.num_groups()), [&](int g) {
+    Group<Kind> group(shape, g);
+    for (long v = 0; v < group.count; v++) {
+      const typename Kind::Element* columns[kLanes];
+      for (int j = 0; j < kLanes; j++) {
+        long column = (group.first + v) * kLanes + j;
+        columns[j] = column < n ? weight + column * k : zeros.data();
+      }
+      char* out = const_cast<char*>(group.weights.base) + v * Kind::kBytes;
+      pack_columns<Kind>(columns, k, out, group.weights.step);
     }
-    pack_block<Kind>(columns, k, shape.data + block * block_bytes<Kind>(shape));
   });
   return new Packed(shape);
 }
@@ -77,7 +78,7 @@ struct Linear {
     act = static_cast<Act*>(scratch(Slot::kActivations, panels.rows * act_row * sizeof(Act)));
     long work = panels.rows * w.n * w.k;
     pack_activations(work);
-    long groups = (w.num_blocks() + kTileVectors - 1) / kTileVectors;
+    long groups = w.num_groups();
     long row_chunks = (panels.rows + kRowsPerChunk - 1) / kRowsPerChunk;
     long per_chunk = groups_per_chunk(groups, row_chunks, work);
     long column_chunks = (groups + per_chunk - 1) / per_chunk;
@@ -113,37 +114,43 @@ struct Linear {
 
   // The columns of one group for panels [begin, end): slab after slab of weights, so that every
   // panel meets a slab while it is in the first-level cache.
-  void multiply(long group, long begin, long end) {
+  void multiply(long g, long begin, long end) {
+    Group<Kind> group(w, g);
     long first_row = panels.first(begin);
     float* sums = static_cast<float*>(
         scratch(Slot::kTile, (panels.first(end) - first_row) * kGroup * sizeof(float)));
     long slab = end - begin > 1 ? kSlab : steps;
     for (long step = 0; step < steps; step += slab) {
-      long count = std::min(slab, steps - step);
       for (long p = begin; p < end; p++) {
-        float* out_rows = sums + (panels.first(p) - first_row) * kGroup;
-        multiply_panel(group, p, step, count, out_rows);
+        int rows = panels.size(p);
+        multiply_panel(group, rows,
+                       {act + panels.first(p) * act_row + step * rows, group.weights,
+                        std::min(slab, steps - step), sums + (panels.first(p) - first_row) * kGroup,
+                        kGroup, step == 0, fetch_ahead(group, rows, p - begin, end - begin)});
       }
+      group.weights.base += slab * group.weights.step;
     }
     for (long row = first_row; row < panels.first(end); row++) {
-      finish(group, sums + (row - first_row) * kGroup, out + row * w.n);
+      finish(g, sums + (row - first_row) * kGroup, out + row * w.n);
     }
   }
 
-  void multiply_panel(long group, long p, long step, long count, float* sums) {
-    int rows = panels.size(p);
-    long block = group * kTileVectors, bytes = block_bytes<Kind>(w);
-    const char* weights = w.data + block * bytes + step * Kind::kBytes;
-    Product<Kind> product{act + panels.first(p) * act_row + step * rows,
-                          {weights, Kind::kBytes, bytes},
-                          count,
-                          sums,
-                          kGroup,
-                          step == 0};
-    if (block + kTileVectors <= w.num_blocks()) return tile_rows<Kind, kTileVectors>(rows, product);
-    for (; block < w.num_blocks(); block++) {
+  // While a slab is used, its panels share the fetching of the next one into the second-level
+  // cache; a single panel never stops and fetches what it needs a little later (the more rows,
+  // the fewer steps does the processor look ahead by itself). Distances by measurement.
+  static Ahead fetch_ahead(const Group<Kind>& group, int rows, long panel, long num_panels) {
+    const char* base = group.weights.base;
+    if (num_panels == 1) return {base + (rows <= 3 ? 4096 : 8192), 4};
+    long lines = num_panels < 4 ? 2 : 1;
+    if (panel * lines >= 4) return {nullptr, 0};
+    return {base + kSlab * group.weights.step + panel * kSlab * lines * 64, lines};
+  }
+
+  static void multiply_panel(const Group<Kind>& group, int rows, Product<Kind> product) {
+    if (group.count == kTileVectors) return tile_rows<Kind, kTileVectors>(rows, product);
+    for (long v = 0; v < group.count; v++) {
       tile_rows<Kind, 1>(rows, product);
-      product.weights.base += bytes;
+      product.weights.base += Kind::kBytes;
       product.out += kLanes;
     }
   }
@@ -165,12 +172,12 @@ struct Linear {
 
 template <class Kind>
 void embedding(const Packed& w, const int64_t* ids, long count, typename Kind::Element* out) {
+  using Element = typename Kind::Element;
   for (long i = 0; i < count; i++, out += w.k) {
-    long block = ids[i] / kLanes, lane = ids[i] % kLanes;
-    const char* data = w.data + block * block_bytes<Kind>(w);
-    auto* column = reinterpret_cast<const typename Kind::Element*>(data) + lane * Kind::kDepth;
-    for (long k = 0; k < w.k; k++) {
-      out[k] = column[k / Kind::kDepth * kLanes * Kind::kDepth + k % Kind::kDepth];
+    Group<Kind> group(w, ids[i] / kGroup);
+    const char* row = group.weights.base + ids[i] % kGroup * Kind::kDepth * sizeof(Element);
+    for (long k = 0; k < w.k; k += Kind::kDepth, row += group.weights.step) {
+      std::memcpy(out + k, row, std::min<long>(Kind::kDepth, w.k - k) * sizeof(Element));
     }
   }
 }
@@ -191,7 +198,7 @@ void* nanovllm_pack(const void* weight, long n, long k, int dtype) {
 
 void nanovllm_free(void* packed) {
   Packed* w = static_cast<Packed*>(packed);
-  std::free(w->data);
+  free_weight(w->region);
   delete w;
 }
 

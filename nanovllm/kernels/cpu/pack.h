@@ -1,45 +1,44 @@
 // Layouts that the tile kernel reads: weights in blocks of kLanes columns, activations in panels.
 //
-// A packed weight [N, K] is ceil(N / kLanes) blocks; a block is ceil(K / kDepth) steps of one
-// vector: its kLanes columns, each with kDepth consecutive values of k, zeros where N or K ends.
+// A packed weight [N, K] is groups of up to kTileVectors vectors of kLanes columns. A group lies in
+// one piece: ceil(K / kDepth) steps, in a step its vectors, in a vector kDepth consecutive values
+// of k for each column; zeros where N or K ends. Reading all of it is one pass over memory.
 #pragma once
 
 #include "tile.h"
 
 namespace nanovllm {
 
-// 32-bit words: to[i * kLanes + j] = from[j][i] for i < count, j < kLanes.
-inline void transpose(const uint32_t* const* from, uint32_t* to, int count) {
+// 32-bit words: to[i * row + j] = from[j][i] for i, j < kLanes.
+inline void transpose(const uint32_t* const* from, uint32_t* to, long row) {
 #if defined(__AVX512F__)
-  if (count == 16) {
-    __m512i a[16], b[16];
-    for (int i = 0; i < 16; i++) a[i] = _mm512_loadu_si512(from[i]);
-    for (int i = 0; i < 16; i += 2) {
-      b[i] = _mm512_unpacklo_epi32(a[i], a[i + 1]);
-      b[i + 1] = _mm512_unpackhi_epi32(a[i], a[i + 1]);
+  __m512i a[16], b[16];
+  for (int i = 0; i < 16; i++) a[i] = _mm512_loadu_si512(from[i]);
+  for (int i = 0; i < 16; i += 2) {
+    b[i] = _mm512_unpacklo_epi32(a[i], a[i + 1]);
+    b[i + 1] = _mm512_unpackhi_epi32(a[i], a[i + 1]);
+  }
+  for (int i = 0; i < 16; i += 4) {
+    for (int j = 0; j < 2; j++) {
+      a[i + 2 * j] = _mm512_unpacklo_epi64(b[i + j], b[i + j + 2]);
+      a[i + 2 * j + 1] = _mm512_unpackhi_epi64(b[i + j], b[i + j + 2]);
     }
-    for (int i = 0; i < 16; i += 4) {
-      for (int j = 0; j < 2; j++) {
-        a[i + 2 * j] = _mm512_unpacklo_epi64(b[i + j], b[i + j + 2]);
-        a[i + 2 * j + 1] = _mm512_unpackhi_epi64(b[i + j], b[i + j + 2]);
-      }
-    }
-    for (int i = 0; i < 4; i++) {  // a[4 q + i], 128-bit lane l: row i of columns 4 q .. of lane l
-      __m512i low = _mm512_shuffle_i32x4(a[i], a[4 + i], 0x88);
-      __m512i high = _mm512_shuffle_i32x4(a[8 + i], a[12 + i], 0x88);
-      __m512i low_odd = _mm512_shuffle_i32x4(a[i], a[4 + i], 0xdd);
-      __m512i high_odd = _mm512_shuffle_i32x4(a[8 + i], a[12 + i], 0xdd);
-      _mm512_storeu_si512(to + (0 + i) * 16, _mm512_shuffle_i32x4(low, high, 0x88));
-      _mm512_storeu_si512(to + (4 + i) * 16, _mm512_shuffle_i32x4(low_odd, high_odd, 0x88));
-      _mm512_storeu_si512(to + (8 + i) * 16, _mm512_shuffle_i32x4(low, high, 0xdd));
-      _mm512_storeu_si512(to + (12 + i) * 16, _mm512_shuffle_i32x4(low_odd, high_odd, 0xdd));
-    }
-    return;
+  }
+  for (int i = 0; i < 4; i++) {  // a[4 q + i] holds words 4 l + i of rows 4 q .. 4 q + 3 in lane l
+    __m512i even_low = _mm512_shuffle_i32x4(a[i], a[4 + i], 0x88);
+    __m512i even_high = _mm512_shuffle_i32x4(a[8 + i], a[12 + i], 0x88);
+    __m512i odd_low = _mm512_shuffle_i32x4(a[i], a[4 + i], 0xdd);
+    __m512i odd_high = _mm512_shuffle_i32x4(a[8 + i], a[12 + i], 0xdd);
+    _mm512_storeu_si512(to + (0 + i) * row, _mm512_shuffle_i32x4(even_low, even_high, 0x88));
+    _mm512_storeu_si512(to + (4 + i) * row, _mm512_shuffle_i32x4(odd_low, odd_high, 0x88));
+    _mm512_storeu_si512(to + (8 + i) * row, _mm512_shuffle_i32x4(even_low, even_high, 0xdd));
+    _mm512_storeu_si512(to + (12 + i) * row, _mm512_shuffle_i32x4(odd_low, odd_high, 0xdd));
+  }
+#else
+  for (int i = 0; i < kLanes; i++) {
+    for (int j = 0; j < kLanes; j++) to[i * row + j] = from[j][i];
   }
 #endif
-  for (int i = 0; i < count; i++) {
-    for (int j = 0; j < kLanes; j++) to[i * kLanes + j] = from[j][i];
-  }
 }
 
 template <class Kind>
@@ -80,28 +79,24 @@ void pack_row(const typename Kind::Element* x, long k, int r, int rows, typename
   }
 }
 
-// Columns given as kLanes row pointers of length k -> one block of weights.
+// Columns given as kLanes row pointers of length k -> one vector of each step, `stride` bytes apart.
 template <class Kind>
-void pack_block(const typename Kind::Element* const* columns, long k, char* block) {
-  constexpr int kWord = Kind::kDepth * sizeof(typename Kind::Element);
+void pack_columns(const typename Kind::Element* const* columns, long k, char* out, long stride) {
   long step = 0;
-  if constexpr (kWord == 4) {
-    const uint32_t* from[kLanes];
-    uint32_t* to = reinterpret_cast<uint32_t*>(block);
+  if constexpr (Kind::kDepth * sizeof(typename Kind::Element) == 4) {
     for (; (step + kLanes) * Kind::kDepth <= k; step += kLanes) {
+      const uint32_t* from[kLanes];
       for (int j = 0; j < kLanes; j++) {
         from[j] = reinterpret_cast<const uint32_t*>(columns[j] + step * Kind::kDepth);
       }
-      transpose(from, to + step * kLanes, kLanes);
+      transpose(from, reinterpret_cast<uint32_t*>(out + step * stride), stride / 4);
     }
   }
-  typename Kind::Element zero{};
-  auto* out = reinterpret_cast<typename Kind::Element*>(block) + step * kLanes * Kind::kDepth;
   for (; step < num_steps<Kind>(k); step++) {
+    auto* to = reinterpret_cast<typename Kind::Element*>(out + step * stride);
     for (int j = 0; j < kLanes; j++) {
-      for (int d = 0; d < Kind::kDepth; d++) {
-        long i = step * Kind::kDepth + d;
-        *out++ = i < k ? columns[j][i] : zero;
+      for (long i = step * Kind::kDepth; i < (step + 1) * Kind::kDepth; i++) {
+        *to++ = i < k ? columns[j][i] : typename Kind::Element{};
       }
     }
   }

@@ -16,7 +16,6 @@ namespace nanovllm {
 
 constexpr int kTileVectors = 4;
 constexpr int kSlab = 64;  // steps; the weights of a tile's slab fill half a first-level cache
-constexpr int kStreamAhead = 2048;  // bytes between a weight in use and the one being fetched
 #if defined(__AVX512F__) || defined(__aarch64__)
 #define NANOVLLM_SIX_ROWS
 constexpr int kTileRows = 6;  // 24 accumulators, 4 weights and a broadcast fill 32 registers
@@ -66,6 +65,12 @@ struct Weights {
   long vector;
 };
 
+// Memory to fetch into the second-level cache meanwhile: so many cache lines a step.
+struct Ahead {
+  const char* base;
+  long lines;
+};
+
 // One product: `act` begins at a slab of a panel, `out` has rows `out_row` floats apart.
 template <class Kind>
 struct Product {
@@ -75,6 +80,7 @@ struct Product {
   float* out;
   long out_row;
   bool fresh;  // out is written without being read, else added to
+  Ahead ahead = {nullptr, 0};
 };
 
 template <class Kind, int kRows, int kVectors>
@@ -88,15 +94,14 @@ inline __attribute__((always_inline)) void tile(Product<Kind> p) {
     }
   }
   const char* base = p.weights.base;
+  const char* ahead = p.ahead.base;
   for (long slab = 0; slab < p.steps; slab += kSlab, p.act += kRows * kSlab) {
     long count = p.steps - slab < kSlab ? p.steps - slab : kSlab;
     for (long s = 0; s < count; s++, base += p.weights.step) {
       typename Kind::Operand w[kVectors];
 #pragma GCC unroll 8
-      for (int v = 0; v < kVectors; v++) {
-        w[v] = Kind::weight(base + v * p.weights.vector);
-        if (kRows <= 4) __builtin_prefetch(base + v * p.weights.vector + kStreamAhead);
-      }
+      for (int v = 0; v < kVectors; v++) w[v] = Kind::weight(base + v * p.weights.vector);
+      for (long l = 0; l < p.ahead.lines; l++, ahead += 64) __builtin_prefetch(ahead, 0, 2);
 #pragma GCC unroll 8
       for (int r = 0; r < kRows; r++) {
         typename Kind::Operand a = Kind::broadcast(p.act + r * kSlab + s);
