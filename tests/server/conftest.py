@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny_models import make_model
 
 from .live_server import Live, make_model
 

@@ -17,6 +17,8 @@ from pathlib import Path
 from typing import Any
 
 import openai
+import torch
+import transformers
 import uvloop
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
@@ -58,6 +60,29 @@ def make_tokenizer(directory: Path, template: str | None = TEMPLATE) -> int:
     config = {"eos_token": "<|im_end|>"} | ({} if template is None else {"chat_template": template})
     (directory / "tokenizer_config.json").write_text(json.dumps(config))
     return tokenizer.get_vocab_size(with_added_tokens=True)
+
+
+def make_model(directory: Path) -> None:
+    """Writes a small random Qwen3 with its tokenizer."""
+    size = make_tokenizer(directory)
+    config = transformers.Qwen3Config(
+        vocab_size=size,
+        hidden_size=64,
+        intermediate_size=112,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=32,
+        max_position_embeddings=512,
+        eos_token_id=2,
+        tie_word_embeddings=True,
+    )
+    torch.manual_seed(7)
+    model = transformers.Qwen3ForCausalLM(config)
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.copy_(torch.randn_like(weight) * 0.12 + (weight.ndim == 1))
+    model.save_pretrained(directory)
 
 
 class Live:

@@ -1,0 +1,287 @@
+"""`nanovllm serve` as a process: start, signals, death of either side, and what is left behind."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import openai
+import pytest
+
+from nanovllm.cli.main import main
+
+from .live_server import Command, assert_error, command, request
+
+LONG = {"prompt": [5, 6, 7], "max_tokens": 400, "ignore_eos": True}
+# Slow enough to be caught in the middle: one token a step, and a wide vocabulary of logprobs.
+SLOW = LONG | {"logprobs": 20, "n": 8}
+
+
+@pytest.fixture(scope="module")
+def flags(model_dir: Path) -> tuple[str, ...]:
+    return ("--model", str(model_dir), "--num-kv-blocks", "200", "--max-num-seqs", "16")
+
+
+@pytest.fixture
+def serve(flags: tuple[str, ...]) -> Iterator[Callable[..., Command]]:
+    started: list[Any] = []
+
+    def begin(*more: str, wait: bool = True) -> Command:
+        context = command(*flags, *more, wait=wait)
+        started.append(context)
+        server: Command = context.__enter__()
+        return server
+
+    yield begin
+    for context in started:
+        context.__exit__(None, None, None)
+
+
+def in_background(port: int, body: dict[str, Any]) -> tuple[threading.Thread, list[Any]]:
+    answers: list[Any] = []
+
+    def send() -> None:
+        try:
+            answers.append(request(port, "POST", "/v1/completions", body))
+        except OSError as error:
+            answers.append(error)
+
+    thread = threading.Thread(target=send)
+    thread.start()
+    return thread, answers
+
+
+def until(condition: Callable[[], Any], seconds: float = 30) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it did not happen in time"
+        time.sleep(0.02)
+
+
+def alive(pid: int) -> bool:
+    """Not gone, and no zombie that only waits to be counted."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def running(port: int) -> bool:
+    return bool(request(port, "GET", "/load")[2]["num_requests_running"])
+
+
+def test_it_serves_drains_and_leaves_nothing(serve: Callable[..., Command]) -> None:
+    server = serve("--served-model-name", "tiny", "alias")
+    (child,) = server.children()
+    client = openai.OpenAI(base_url=f"http://127.0.0.1:{server.port}/v1", api_key="x")
+    assert [model.id for model in client.models.list()] == ["tiny", "alias"]
+    answer = client.chat.completions.create(
+        model="alias", messages=[{"role": "user", "content": "hi"}], max_tokens=5
+    )
+    assert answer.usage is not None
+    thread, answers = in_background(server.port, SLOW)
+    until(lambda: running(server.port))
+    server.process.send_signal(signal.SIGTERM)
+    until(lambda: request(server.port, "GET", "/ready")[0] == 503)
+    status, headers, refusal = request(server.port, "POST", "/v1/completions", LONG)
+    assert status == 503
+    assert headers["retry-after"]
+    assert_error(refusal, "unavailable")
+    assert request(server.port, "GET", "/health")[0] == 200
+    thread.join(60)
+    assert answers[0][0] == 200
+    assert answers[0][2]["usage"]["completion_tokens"] == 8 * 400
+    assert server.process.wait(30) == 0
+    until(lambda: not alive(child))
+
+
+def test_drain_timeout_and_second_signal(serve: Callable[..., Command]) -> None:
+    for drain, number in (("0.2", 1), ("100", 2)):
+        server = serve("--drain-timeout", drain)
+        (child,) = server.children()
+        thread, answers = in_background(server.port, SLOW | {"n": 16})
+        until(lambda port=server.port: running(port))
+        for _ in range(number):
+            server.process.send_signal(signal.SIGTERM)
+            time.sleep(0.3)
+        assert server.process.wait(20) == 0
+        thread.join(20)
+        assert answers
+        until(lambda pid=child: not alive(pid))
+
+
+def test_the_engine_is_killed(serve: Callable[..., Command]) -> None:
+    server = serve()
+    (child,) = server.children()
+    thread, answers = in_background(server.port, SLOW)
+    until(lambda: running(server.port))
+    os.kill(child, signal.SIGKILL)
+    began = time.monotonic()
+    thread.join(60)
+    assert time.monotonic() - began < 2 + 3  # told within 2 s; the rest is for a busy machine
+    status, _, answer = answers[0]
+    assert status == 500
+    assert_error(answer, "engine_error")
+    assert server.process.wait(20) == 1
+    assert "the engine process ended" in server.output()
+
+
+def test_a_hung_engine_is_noticed_and_ended(serve: Callable[..., Command]) -> None:
+    server = serve("--engine-timeout", "1.5")
+    (child,) = server.children()
+    os.kill(child, signal.SIGSTOP)
+    _, answers = in_background(server.port, LONG)
+    assert server.process.wait(30) == 1
+    until(lambda: answers)
+    assert_error(answers[0][2], "engine_error")
+    until(lambda: not alive(child))
+    assert "hung" in server.output()
+
+
+def test_a_killed_server_leaves_no_orphan_and_can_start_again(
+    serve: Callable[..., Command],
+) -> None:
+    shared = set(os.listdir("/dev/shm"))
+    server = serve()
+    (child,) = server.children()
+    server.process.kill()
+    until(lambda: not alive(child), 10)
+    # Also while the model loads.
+    for delay in (0.0, 1.0):
+        server = serve(wait=False)
+        until(server.children)
+        (child,) = server.children()
+        time.sleep(delay)
+        server.process.kill()
+        until(lambda pid=child: not alive(pid), 20)
+    assert set(os.listdir("/dev/shm")) <= shared
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_during_start_ends_it(serve: Callable[..., Command], number: int) -> None:
+    server = serve(wait=False)
+    until(server.children)
+    (child,) = server.children()
+    time.sleep(1.0)
+    assert server.end(number) in (0, -number, 130)
+    until(lambda: not alive(child), 20)
+    assert "Traceback" not in server.output()
+
+
+def test_two_servers_and_a_taken_port(
+    serve: Callable[..., Command], flags: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first, second = serve(), serve("--in-process")
+    for server in (first, second):
+        body = {"prompt": "fox", "max_tokens": 3}
+        assert request(server.port, "POST", "/v1/completions", body)[0] == 200
+    assert main(["serve", *flags, "--port", str(first.port)]) == 2
+    said = f"nanovllm: cannot listen on 127.0.0.1:{first.port}: Address already in use\n"
+    assert capsys.readouterr().err == said
+    assert second.end() == 0
+    assert not second.output().count("Traceback")
+
+
+def test_health_while_the_model_loads(flags: tuple[str, ...]) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    with command(*flags, "--port", str(port), wait=False):
+        seen = []
+        deadline = time.monotonic() + 60
+        while 200 not in seen and time.monotonic() < deadline:
+            try:
+                seen.append(request(port, "GET", "/health")[0])
+                if seen[-1] == 503:
+                    body = {"prompt": "a", "max_tokens": 1}
+                    _, headers, answer = request(port, "POST", "/v1/completions", body)
+                    assert headers.get("retry-after") or answer["choices"]
+            except ConnectionRefusedError:
+                seen.append(0)
+            time.sleep(0.02)
+        assert set(seen) == {0, 503, 200}
+
+
+# --- wrong use: one line, status 2, before anything is loaded
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--port", "99999"], "cannot listen on"),
+        (["--host", "203.0.113.7"], "cannot listen on"),
+        (["--prot", "1"], "--port"),
+        (["--model", "/no/such"], "no directory"),
+        (["--chat-template", "/no/such"], "cannot be read"),
+        (["--config", "/no/such"], "cannot be read"),
+        (["--log-level", "loud"], "log_level"),
+        (["--max-num-seqs", "0"], "max_num_seqs"),
+        (["--skip-tokenizer-init"], "tokenizer"),
+    ],
+)
+def test_wrong_use(
+    arguments: list[str], said: str, model_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["serve", "--port", "0", "--model", str(model_dir), *arguments]) == 2
+    error = capsys.readouterr().err
+    assert said in error
+    assert len(error.strip().splitlines()) == 1
+
+
+def test_broken_models_end_the_server_in_words(
+    serve: Callable[..., Command], model_dir: Path, tmp_path: Path
+) -> None:
+    for path in model_dir.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    weights = tmp_path / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1000])
+    server = serve("--model", str(tmp_path), wait=False)
+    assert server.process.wait(60) == 1
+    said = server.output()
+    assert "WeightsError" in said
+    assert "Traceback" not in said
+    (tmp_path / "tokenizer.json").unlink()
+    assert main(["serve", "--port", "0", "--model", str(tmp_path)]) == 2
+
+
+def test_yaml_and_flags(tmp_path: Path, model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Any] = []
+    monkeypatch.setattr(
+        "nanovllm.server.launch.serve", lambda *args, **named: seen.append((args, named)) or 0
+    )
+    path = tmp_path / "server.yaml"
+    path.write_text("port: 1234\nmax-num-seqs: 7\napi_key: secret\nserved-model-name: [a, b]\n")
+    assert main(["serve", str(model_dir), "--config", str(path), "--max-num-seqs", "9"]) == 0
+    (config, engine), named = seen[0]
+    assert (config.port, config.api_keys, config.served_model_names) == (
+        1234, ("secret",), ("a", "b"),
+    )  # fmt: skip
+    assert (engine.max_num_seqs, engine.model) == (9, str(model_dir))
+    assert named == {"chat_template": None, "in_process": False}
+    path.write_text("prot: 1\n")
+    assert main(["serve", "--config", str(path)]) == 2
+
+
+def test_help_is_short(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["serve", "--help"]) == 0
+    shown = [line for line in capsys.readouterr().out.splitlines() if line.startswith("  -")]
+    assert len(shown) <= 40
+    assert main(["serve", "--help=all"]) == 0
+    every = capsys.readouterr().out
+    for flag in ("--host", "--port", "--api-key", "--served-model-name", "--max-model-len",
+                 "--num-kv-blocks", "--gpu-memory-utilization", "--chat-template"):  # fmt: skip
+        assert flag in every
+
+
+def test_listening_for_others_without_a_key_warns(
+    model_dir: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("nanovllm.server.launch.serve", lambda *args, **named: 0)
+    for more, number in (([], 1), (["--api-key", "x"], 1)):
+        main(["serve", "--host", "0.0.0.0", "--model", str(model_dir), *more])
+        assert len([r for r in caplog.records if "api-key" in r.getMessage()]) == number
