@@ -86,12 +86,12 @@ def batch(num_requests: int | None = None) -> list[Case]:
 def prefill(num_requests: int | None = None) -> list[Case]:
     """32 prompts of 2048, one token each."""
     count = 32 if num_requests is None else num_requests
-    return [Case(f"prefill {count} x 2048", _uniform(count, 2048, 1), metric="prompt")]
+    return [Case(f"prefill {count}", _uniform(count, 2048, 1), metric="prompt")]
 
 
 def first_token(num_requests: int | None = None) -> list[Case]:
     """One prompt of 1000: the time to its first token."""
-    return [Case("first token of 1000", _uniform(1, 1000, 1), metric="first token")]
+    return [Case("first token", _uniform(1, 1000, 1), metric="first token")]
 
 
 def smollm(num_requests: int | None = None, shared_prefix: int = 0) -> list[Case]:

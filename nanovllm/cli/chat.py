@@ -48,10 +48,9 @@ def run(options: argparse.Namespace) -> int:
     interactive = sys.stdin.isatty()
     if interactive:
         info = session.llm.info
-        say(
-            f"nanovllm {__version__} · {session.name} · {info.device}, {info.dtype} · context "
-            f"{info.max_model_len} tokens · /help lists the commands, Ctrl-D leaves"
-        )
+        where = f"{info.device}, {info.dtype} · context {info.max_model_len} tokens"
+        say(f"nanovllm {__version__} · {session.name} · {where}")
+        say("/help lists the commands, Ctrl-C stops an answer, Ctrl-D leaves")
     with _history() if interactive else contextlib.nullcontext():
         for text in _turns(interactive):
             chat.obey(text)
