@@ -177,9 +177,9 @@ def timings(outputs: Sequence[RequestOutput]) -> dict[str, Any]:
 
 
 def _sampling_defaults(generation: dict[str, Any]) -> dict[str, Any]:
-    """The model's own recommendation (generation_config.json), as vLLM applies it."""
+    """The model's own recommendation (generation_config.json); do_sample false is greedy."""
     if generation.get("do_sample") is False:
-        return {}
+        return {"temperature": 0.0}
     found = {name: generation.get(name) for name in SAMPLING_DEFAULTS}
     return {
         name: value
