@@ -10,11 +10,13 @@ import math
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from nanovllm.attention.base import AttentionBackend, AttentionSpec
 from nanovllm.attention.select import select_backend
+from nanovllm.attention.triton import TritonAttention
 from nanovllm.config import EngineConfig
 from nanovllm.engine.block_manager import BlockManager
 from nanovllm.engine.core import EngineCore
@@ -35,7 +37,7 @@ from nanovllm.text.chat import ChatTemplate
 from nanovllm.text.tokenizer import Tokenizer
 from nanovllm.trace.events import Tracer
 
-DEFAULT_BLOCK_SIZE = {"cpu": 32, "cuda": 32}
+DEFAULT_BLOCK_SIZE = {"cpu": 32, "cuda": 64}
 DEFAULT_BATCHED_TOKENS = {"cpu": 512, "cuda": 8192}
 ONE_STEP_AHEAD = 2  # plans in flight: one runs, one waits for it
 
@@ -107,7 +109,9 @@ def build_engine(config: EngineConfig, tracer: Tracer | None = None) -> Engine:
     )
     num_seqs, num_tokens, notes = _step_limits(config, cache, platform.device)
     model.finish_loading(platform.device, cache.max_model_len)
-    runner = _runner(model, platform, cache, block_size, num_seqs, files, tokenizer)
+    runner = _runner(
+        config, model, platform, cache, block_size, num_seqs, num_tokens, files, tokenizer
+    )
     core = EngineCore(
         Scheduler(
             BlockManager(cache.num_blocks, block_size, config.enable_prefix_caching),
@@ -240,22 +244,29 @@ def _step_limits(
 
 
 def _runner(
+    config: EngineConfig,
     model: Decoder,
     platform: Platform,
     cache: CacheSize,
     block_size: int,
     max_num_seqs: int,
+    max_num_tokens: int,
     files: ModelFiles,
     tokenizer: Tokenizer | None,
 ) -> ModelRunner:
-    return ModelRunner(
-        model,
-        device=platform.device,
-        dtype=platform.dtype,
-        num_blocks=cache.num_blocks,
-        block_size=block_size,
-        max_num_seqs=max_num_seqs,
-        max_model_len=cache.max_model_len,
-        stop_ids=files.eos_token_ids(),
-        bad_words=BadWords(tokenizer.spellings if tokenizer else None),
-    )
+    options: dict[str, Any] = {
+        "device": platform.device,
+        "dtype": platform.dtype,
+        "num_blocks": cache.num_blocks,
+        "block_size": block_size,
+        "max_num_seqs": max_num_seqs,
+        "max_model_len": cache.max_model_len,
+        "stop_ids": files.eos_token_ids(),
+        "bad_words": BadWords(tokenizer.spellings if tokenizer else None),
+    }
+    if isinstance(platform.attention, TritonAttention):
+        from nanovllm.runner.gpu_runner import GpuModelRunner  # needs triton
+
+        graphs = not config.enforce_eager
+        return GpuModelRunner(model, use_graphs=graphs, max_tokens=max_num_tokens, **options)
+    return ModelRunner(model, **options)

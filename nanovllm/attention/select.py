@@ -5,9 +5,11 @@ from __future__ import annotations
 from nanovllm.attention.base import AttentionBackend, AttentionSpec
 from nanovllm.attention.cpu import CpuAttention
 from nanovllm.attention.torch_ref import TorchAttention
+from nanovllm.attention.triton import TritonAttention
 from nanovllm.errors import ConfigError
 
-BACKENDS: tuple[type[AttentionBackend], ...] = (CpuAttention, TorchAttention)  # fastest first
+# Fastest first; each says itself on which devices it runs.
+BACKENDS: tuple[type[AttentionBackend], ...] = (TritonAttention, CpuAttention, TorchAttention)
 
 
 def select_backend(spec: AttentionSpec, name: str = "auto") -> tuple[AttentionBackend, list[str]]:

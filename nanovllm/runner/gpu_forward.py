@@ -1,6 +1,6 @@
 """A decoder's forward pass on a GPU, with our fused kernels in place of single operators.
 
-Batches of single tokens take five launches a layer up to SKINNY_ROWS rows, and cuBLAS for the
+Batches of single tokens take five launches a layer up to MAX_ROWS rows, and cuBLAS for the
 products above; longer ones rotate and store in one kernel and attend over the cache. The result
 is that of `Decoder.forward` up to rounding. All lengths are read on the device, so a batch of
 single tokens can be captured in a CUDA graph.
@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -45,9 +44,13 @@ class _Layer:
         norms = None
         if block.q_norm is not None and block.k_norm is not None:
             norms = (block.q_norm, block.k_norm)
+        qkv, qkv_bias = block.qkv.params
+        o, o_bias = block.o.params
+        gate_up, gate_up_bias = block.gate_up.params
+        down, down_bias = block.down.params
         return cls(
-            block.input_norm, *block.qkv.params, norms, *block.o.params, block.post_norm,
-            *block.gate_up.params, *block.down.params,
+            block.input_norm, qkv, qkv_bias, norms, o, o_bias, block.post_norm,
+            gate_up, gate_up_bias, down, down_bias,
         )  # fmt: skip
 
 
@@ -70,7 +73,7 @@ class GpuForward:
         """[T] token ids -> [T, hidden] before the final norm; kv_cache is read and written."""
         residual = F.embedding(token_ids, self._embed)
         single = batch.max_q_len == 1
-        few = single and self._plain_mlp and len(token_ids) <= linear_kernels.SKINNY_ROWS
+        few = single and self._plain_mlp and len(token_ids) <= linear_kernels.MAX_ROWS
         layer_step = self._few_rows if few else self._many_rows
         for index, layer in enumerate(self._layers):
             layer_step(layer, residual, batch, kv_cache[index], self.config.sliding_windows[index])
@@ -79,7 +82,7 @@ class GpuForward:
     def logits(self, residual: Tensor) -> Tensor:
         """[S, hidden] before the final norm -> [S, vocabulary] in the model's dtype."""
         eps = self.config.rms_norm_eps
-        if len(residual) <= linear_kernels.SKINNY_ROWS:
+        if len(residual) <= linear_kernels.MAX_ROWS:
             out = residual.new_empty((len(residual), len(self._lm_head)))
             return linear_kernels.linear(
                 residual, self._lm_head, out, norm=self._final_norm, eps=eps, pdl=self._pdl
@@ -101,7 +104,9 @@ class GpuForward:
         c, pdl, linear = self.config, self._pdl, linear_kernels.linear
         eps, rows = c.rms_norm_eps, len(residual)
         qkv = residual.new_empty((rows, len(layer.qkv)))
-        linear(residual, layer.qkv, qkv, norm=layer.input_norm, eps=eps, bias=layer.qkv_bias, pdl=pdl)
+        linear(
+            residual, layer.qkv, qkv, norm=layer.input_norm, eps=eps, bias=layer.qkv_bias, pdl=pdl
+        )
         attended = self._attend_new(layer, qkv, batch, kv_cache, window)
         linear(attended, layer.o, residual, bias=layer.o_bias, residual=residual, pdl=pdl)
         active = residual.new_empty((rows, c.intermediate_size))
@@ -134,7 +139,8 @@ class GpuForward:
     def _split(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         c = self.config
         heads = qkv.view(len(qkv), -1, c.head_dim)
-        return heads.split((c.num_heads, c.num_kv_heads, c.num_kv_heads), dim=1)  # type: ignore[return-value]
+        q, k, v = heads.split((c.num_heads, c.num_kv_heads, c.num_kv_heads), dim=1)
+        return q, k, v
 
     def _attend_new(
         self,
@@ -147,8 +153,7 @@ class GpuForward:
         """Norm, rotation, store and attention of single tokens in one launch: [S, H D]."""
         c = self.config
         q, k, v = self._split(qkv)
-        norms = layer.qk_norms or (None, None)
-        new = attention_kernels.FusedInputs(k, v, *norms, self._cos_sin, c.rms_norm_eps)
+        new = attention_kernels.FusedInputs(k, v, layer.qk_norms, self._cos_sin, c.rms_norm_eps)
         out = qkv.new_empty((len(qkv), c.num_heads, c.head_dim))
         splits = attention_kernels.num_splits(len(qkv), c.num_kv_heads, batch.max_context_len)
         workspace = self._attention.workspace(c.num_heads, c.head_dim, qkv.device)

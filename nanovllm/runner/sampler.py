@@ -53,7 +53,7 @@ class Sampler:
         wanted = [i for i, p in enumerate(params) if p.logprobs is not None]
         raw = logits[wanted].clone() if wanted else None
         for i, (row, p) in enumerate(zip(sample_rows, params, strict=True)):
-            self._adjust(logits[i], int(row), p)
+            self.adjust(logits[i], int(row), p)
         greedy = [i for i, p in enumerate(params) if p.greedy]
         plain = [i for i, p in enumerate(params) if not p.greedy and not _restricted(p)]
         restricted = [i for i, p in enumerate(params) if not p.greedy and _restricted(p)]
@@ -83,7 +83,7 @@ class Sampler:
         positions = self._rows.num_tokens[rows].astype(np.uint64)
         return torch.from_numpy(uniform_numbers(self._rows.seeds[rows], positions))
 
-    def _adjust(self, logits: Tensor, row: int, p: SamplingParams) -> None:
+    def adjust(self, logits: Tensor, row: int, p: SamplingParams) -> None:
         """Applies what one row asks for, in place; most rows ask for nothing."""
         if p.logit_bias:
             ids = torch.tensor(list(p.logit_bias), device=logits.device)

@@ -4,10 +4,10 @@ from dataclasses import replace
 
 import pytest
 import torch
+from gpu_device import DEVICE, ON_GPU, relative_error, tolerance
 
 from nanovllm.attention.base import AttentionBatch
 from nanovllm.attention.torch_ref import TorchAttention
-from tests.kernels.gpu_device import DEVICE, ON_GPU, relative_error, tolerance
 
 kernels = pytest.importorskip("nanovllm.kernels.gpu.attention")
 from nanovllm.attention.triton import TritonAttention  # noqa: E402
@@ -110,15 +110,17 @@ def test_fused_decode_normalises_rotates_stores_and_attends(qk_norm, splits):
     q, k, v, cache = make_tensors(batch, num_blocks, heads, groups, dim, slots, torch.float32)
     qkv = torch.cat((q, k, v), 1).contiguous()
     q, k, v = qkv.split((heads, groups, groups), 1)
-    norms = [torch.rand(dim, device=DEVICE) + 0.5 for _ in range(2)] if qk_norm else [None, None]
+    norms = tuple(torch.rand(dim, device=DEVICE) + 0.5 for _ in range(2)) if qk_norm else None
     cos_sin = torch.randn(512, dim, device=DEVICE)
     want_cache, got_cache = cache.clone(), cache.clone()
-    wq, wk = (_norm_rope(x, w, cos_sin, batch.positions) for x, w in zip((q, k), norms, strict=True))
+    wq, wk = (
+        _norm_rope(x, norms and norms[i], cos_sin, batch.positions) for i, x in enumerate((q, k))
+    )
     want = reference(wq, wk, v, want_cache, batch, 0.3, None)
     store = TorchAttention()
     store.plan(batch)
     store.forward(wq, wk, v, want_cache, batch, 0.3, None)
-    new = kernels.FusedInputs(k, v, *norms, cos_sin, 1e-6)
+    new = kernels.FusedInputs(k, v, norms, cos_sin, 1e-6)
     workspace = kernels.DecodeWorkspace(heads, dim, q.device)
     got = torch.full_like(want, float("nan"))
     kernels.decode(

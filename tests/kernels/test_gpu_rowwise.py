@@ -2,10 +2,10 @@
 
 import pytest
 import torch
+from gpu_device import DEVICE, relative_error, tolerance
 
 from nanovllm.attention.torch_ref import store_kv
 from nanovllm.layers.ops import TorchOps
-from tests.kernels.gpu_device import DEVICE, relative_error, tolerance
 
 kernels = pytest.importorskip("nanovllm.kernels.gpu.rowwise")
 

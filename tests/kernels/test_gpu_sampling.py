@@ -2,8 +2,7 @@
 
 import pytest
 import torch
-
-from tests.kernels.gpu_device import DEVICE
+from gpu_device import DEVICE
 
 kernels = pytest.importorskip("nanovllm.kernels.gpu.sampling")
 

@@ -8,6 +8,7 @@ Shape legend: T tokens, S sequences, H query heads, G KV heads, R = H / G, D hea
 P slots a block, N columns of the block table.
 """
 
+# mypy: disable-error-code="no-untyped-def, attr-defined, misc"
 from __future__ import annotations
 
 import math
@@ -33,6 +34,14 @@ def _tile_offsets(table_ptr, n, end, offs_n, group, P: tl.constexpr, G: tl.const
     position = n + offs_n
     block = tl.load(table_ptr + position // P, mask=position < end, other=0).to(tl.int64)
     return block * (2 * G * P * D) + group * (P * D) + (position % P) * D
+
+
+@triton.jit
+def _prefetch(ptrs):
+    tl.inline_asm_elementwise(
+        "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [ptrs.to(tl.int64, bitcast=True)],
+        dtype=tl.int32, is_pure=False, pack=1,
+    )  # fmt: skip
 
 
 @triton.jit
@@ -87,13 +96,12 @@ def _decode_kernel(
     group = tl.program_id(0)
     seq = tl.program_id(1)
     split = tl.program_id(2)
-    if PDL:
-        tl_cuda.gdc_launch_dependents()
-        tl_cuda.gdc_wait()
     token = tl.load(cu_q_ptr + seq)
     q_len = tl.load(cu_q_ptr + seq + 1) - token
     context = tl.load(context_ptr + seq)
     if (q_len != 1) | (context == 0):
+        if PDL:
+            tl_cuda.gdc_wait()
         return
     heads = tl.arange(0, R_PAD)
     d = tl.arange(0, D_PAD)
@@ -108,9 +116,23 @@ def _decode_kernel(
     chunk = tl.cdiv(tl.cdiv(span, used), BLOCK_N) * BLOCK_N
     used = tl.cdiv(span, chunk)
     if split >= used:
+        if PDL:
+            tl_cuda.gdc_wait()
         return
     start = low + split * chunk
     stop = tl.minimum(start + chunk, end)
+    offs_n = tl.arange(0, BLOCK_N)
+    if PDL:
+        # Lengths, tables and cached keys are older than the kernel before: with few programs the
+        # keys can come to the L2 cache while it still runs.
+        if SPLITS > 1:
+            line = tl.arange(0, (D_PAD + 63) // 64)[None, :] * 64  # 128 bytes at 16 bits
+            for n in range(start, stop, BLOCK_N):
+                offset = _tile_offsets(table_ptr, n, stop, offs_n, group, P, G, D, BLOCK_N)
+                _prefetch(cache_ptr + offset[:, None] + line)
+                _prefetch(cache_ptr + G * P * D + offset[:, None] + line)
+        tl_cuda.gdc_wait()
+        tl_cuda.gdc_launch_dependents()
 
     q_row = q_ptr + token.to(tl.int64) * q_stride + group * R * D
     if FUSED:
@@ -137,7 +159,6 @@ def _decode_kernel(
         total = tl.zeros((R_PAD,), tl.float32)
         acc = tl.zeros((R_PAD, D_PAD), tl.float32)
 
-    offs_n = tl.arange(0, BLOCK_N)
     for n in range(start, stop, BLOCK_N):
         inside = n + offs_n < stop
         if WINDOW:
@@ -173,7 +194,7 @@ def _decode_kernel(
         total = tl.zeros((R_PAD,), tl.float32)
         acc = tl.zeros((R_PAD, D_PAD), tl.float32)
         index = (seq * G + group) * R * SPLITS + heads * SPLITS
-        for i in range(0, used):
+        for i in range(used):
             part_top = tl.load(stats_ptr + (index + i) * 2, mask=head_mask, other=0.0,
                                cache_modifier=".cg")
             part_total = tl.load(stats_ptr + (index + i) * 2 + 1, mask=head_mask, other=1.0,
@@ -323,7 +344,7 @@ def _store_kernel(k_ptr, v_ptr, cache_ptr, slots_ptr, k_stride, v_stride,
 def store_kv(k: Tensor, v: Tensor, kv_cache: Tensor, slot_mapping: Tensor) -> None:
     """Writes k and v [T, G, D] into kv_cache [B, 2, G, P, D] at slots [T] int64."""
     _, _, groups, slots, dim = kv_cache.shape
-    assert k.stride(1) == v.stride(1) == dim and k.stride(2) == v.stride(2) == 1
+    assert k.stride(1) == v.stride(1) == dim, "heads of a token must follow one another"
     _store_kernel[(len(k),)](
         k, v, kv_cache, slot_mapping, k.stride(0), v.stride(0), groups,
         triton.next_power_of_2(groups), dim, triton.next_power_of_2(dim), slots, num_warps=2,
@@ -356,9 +377,9 @@ def num_splits(num_seqs: int, num_kv_heads: int, max_context_len: int) -> int:
 
 
 def _decode_tile(dim_pad: int, itemsize: int) -> tuple[int, int, int]:
-    """(keys a tile, warps, stages): two tiles of keys and values in flight, under 64 KB."""
+    """(keys a tile, warps, stages): measured best at D = 128; other sizes by bytes."""
     keys = max(16, min(64, 16384 // (dim_pad * itemsize)))
-    return keys, 4, 3
+    return keys, 4, 5 if itemsize == 2 else 3
 
 
 def decode(
@@ -385,9 +406,9 @@ def decode(
     ratio = q.shape[1] // groups
     dim_pad = triton.next_power_of_2(dim)
     keys, warps, stages = tile or _decode_tile(dim_pad, q.element_size())
-    assert q.stride(1) == dim and q.stride(2) == 1 and out.stride(1) == dim
+    assert q.stride(1) == out.stride(1) == dim, "heads of a token must follow one another"
     assert splits == 1 or splits * len(context_lens) <= MAX_SPLIT_PROGRAMS
-    f = new or FusedInputs(q, q, None, None, q, 0.0)
+    f = new or FusedInputs(q, q, None, q, 0.0)
     options = {"launch_pdl": True} if pdl else {}
     _decode_kernel[(groups, len(context_lens), splits)](
         q, f.k, f.v, f.q_norm, f.k_norm, f.cos_sin, kv_cache, out,
@@ -409,21 +430,22 @@ class FusedInputs:
         self,
         k: Tensor,
         v: Tensor,
-        q_norm: Tensor | None,
-        k_norm: Tensor | None,
+        qk_norms: tuple[Tensor, Tensor] | None,
         cos_sin: Tensor,
         eps: float,
     ) -> None:
         assert k.stride(0) == v.stride(0)
-        self.k, self.v, self.q_norm, self.k_norm = k, v, q_norm, k_norm
+        self.k, self.v = k, v
+        self.q_norm = qk_norms[0] if qk_norms else None
+        self.k_norm = qk_norms[1] if qk_norms else None
         self.cos_sin, self.eps = cos_sin, eps
 
 
 def _prefill_tile(rows_pad: int, dim_pad: int, itemsize: int) -> tuple[int, int, int, int]:
-    """(queries, keys, warps, stages): 128 rows of queries and heads at bf16 and D = 128."""
+    """(queries, keys, warps, stages): 64 rows of queries and heads in 16-bit."""
     row_bytes = dim_pad * itemsize
     if row_bytes <= 256:
-        return max(1, 128 // rows_pad), 64, 8, 3
+        return max(1, 64 // rows_pad), 64, 4, 3
     if itemsize == 2:
         return max(1, 64 // rows_pad), 32, 4, 2
     return max(1, 16 // rows_pad), 16, 4, 1
@@ -449,7 +471,7 @@ def prefill(
     rows_pad = triton.next_power_of_2(ratio)
     queries, keys, warps, stages = tile or _prefill_tile(rows_pad, dim_pad, q.element_size())
     queries = max(queries, -(-16 // rows_pad))
-    assert q.stride(1) == dim and q.stride(2) == 1 and out.stride(1) == dim
+    assert q.stride(1) == out.stride(1) == dim, "heads of a token must follow one another"
     num_seqs = len(context_lens)
     _prefill_kernel[(len(q) // queries + num_seqs, groups)](
         q, kv_cache, out, cu_q_lens, context_lens, block_tables,

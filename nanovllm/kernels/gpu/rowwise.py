@@ -5,6 +5,7 @@ Sums are float32; what a plain torch sequence would round in between is rounded 
 Shape legend: T tokens, K features, I intermediate size, H query heads, G KV heads, D head dim.
 """
 
+# mypy: disable-error-code="no-untyped-def, attr-defined, misc"
 from __future__ import annotations
 
 import torch
@@ -23,8 +24,8 @@ def _norm_kernel(x_ptr, residual_ptr, weight_ptr, out_ptr, x_stride, eps,
     mask = k < K
     weight = tl.load(weight_ptr + k, mask=mask, other=0.0).to(tl.float32)
     if PDL:
-        tl_cuda.gdc_launch_dependents()
         tl_cuda.gdc_wait()
+        tl_cuda.gdc_launch_dependents()
     x = tl.load(x_ptr + row * x_stride + k, mask=mask, other=0.0)
     if ADD:
         residual = tl.load(residual_ptr + row * K + k, mask=mask, other=0.0)
@@ -58,7 +59,7 @@ def add_rms_norm(
 ) -> Tensor:
     """residual [T, K] += x in place, then the norm of residual."""
     size = x.shape[-1]
-    assert residual.is_contiguous() and x.dim() == 2
+    assert residual.is_contiguous(), "rows must follow one another"
     out = torch.empty_like(residual)
     options = {"launch_pdl": True} if pdl else {}
     _norm_kernel[(len(x),)](
@@ -75,8 +76,8 @@ def _silu_mul_kernel(x_ptr, out_ptr, x_stride, size, BLOCK: tl.constexpr, PDL: t
     i = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = i < size
     if PDL:
-        tl_cuda.gdc_launch_dependents()
         tl_cuda.gdc_wait()
+        tl_cuda.gdc_launch_dependents()
     gate = tl.load(x_ptr + row * x_stride + i, mask=mask, other=0.0)
     up = tl.load(x_ptr + row * x_stride + size + i, mask=mask, other=0.0)
     wide = gate.to(tl.float32)
@@ -170,7 +171,7 @@ def _launch_rope(
 ) -> None:  # fmt: skip
     num_heads, dim = q.shape[1:]
     groups = k.shape[1]
-    assert all(x.stride(1) == dim and x.stride(2) == 1 for x in (q, k, v))
+    assert q.stride(1) == k.stride(1) == v.stride(1) == dim, "heads must follow one another"
     q_norm, k_norm = norms or (None, None)
     next_pow2 = triton.next_power_of_2
     _rope_store_kernel[(len(q),)](

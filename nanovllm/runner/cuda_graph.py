@@ -1,0 +1,57 @@
+"""Keeps CUDA graphs by key: the first run of a key is eager, then it is captured, then replayed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable
+
+import torch
+
+# Rows a captured step may have; a step is padded up to the next of these.
+SMALL_BUCKETS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128)
+BUCKET_STEP = 32  # above the small ones
+
+
+def bucket_of(num_rows: int) -> int:
+    """The least bucket that holds num_rows."""
+    for size in SMALL_BUCKETS:
+        if num_rows <= size:
+            return size
+    return -(-num_rows // BUCKET_STEP) * BUCKET_STEP
+
+
+class GraphCache:
+    """All graphs share one memory pool: they run one after another on one stream.
+
+    A capture that runs out of memory is given up: that key stays eager.
+    """
+
+    def __init__(self) -> None:
+        self._graphs: dict[Hashable, torch.cuda.CUDAGraph | None] = {}
+        self._pool = torch.cuda.graph_pool_handle()
+        self._stream = torch.cuda.Stream()
+
+    def run(self, key: Hashable, step: Callable[[], None]) -> None:
+        """Runs `step`, whose launches and addresses must depend on `key` alone."""
+        if key in self._graphs:
+            graph = self._graphs[key]
+            if graph is not None:
+                graph.replay()
+            else:
+                step()
+            return
+        step()
+        self._graphs[key] = self._capture(step)
+
+    def _capture(self, step: Callable[[], None]) -> torch.cuda.CUDAGraph | None:
+        graph = torch.cuda.CUDAGraph()
+        torch.cuda.synchronize()
+        with torch.cuda.stream(self._stream):
+            # Other threads may wait for events meanwhile.
+            graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
+            try:
+                step()
+            except torch.OutOfMemoryError:
+                return None
+            finally:
+                graph.capture_end()
+        return graph

@@ -1,0 +1,291 @@
+"""Executes plans on a CUDA device: fused kernels, device-side sampling, CUDA graphs.
+
+Steps of single tokens replay a graph from the upload of lengths to the choice of tokens; all
+others run the same kernels eagerly. Every row that samples goes through the same sampling kernel,
+so a row's token does not depend on which path the step took.
+
+Shape legend: T tokens, S rows of the step, L rows that sample, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from nanovllm.attention.base import AttentionBatch
+from nanovllm.engine.plan import NewRow, RowResult, StepPlan, StepResult, TokenLogprobs
+from nanovllm.kernels.gpu import sampling
+from nanovllm.kernels.gpu.prepare import prepare
+from nanovllm.runner.cuda_graph import GraphCache, bucket_of
+from nanovllm.runner.gpu_forward import GpuForward
+from nanovllm.runner.gpu_staging import Download, Downloader, Uploader
+from nanovllm.runner.model_runner import ModelRunner
+from nanovllm.runner.sampler import token_logprobs
+from nanovllm.sampling_params import SamplingParams
+
+HEADER = 2  # words before the rows of a single-token step: columns of its tables, and padding
+WORDS_PER_ROW = 8  # row, context, temperature, top-k, top-p, min-p, seed (2)
+
+
+def is_restricted(p: SamplingParams) -> bool:
+    return not p.greedy and (p.top_k > 0 or p.top_p < 1.0 or p.min_p > 0.0)
+
+
+def is_special(p: SamplingParams) -> bool:
+    """Whether the host must touch the row's logits, or report more than its tokens."""
+    return bool(
+        p.logit_bias
+        or p.allowed_token_ids is not None
+        or p.bad_words
+        or p.min_tokens
+        or p.repetition_penalty != 1.0
+        or p.presence_penalty
+        or p.frequency_penalty
+        or p.logprobs is not None
+        or p.prompt_logprobs is not None
+    )
+
+
+class RowSampling:
+    """Host arrays [R] of what sampling needs of each row."""
+
+    def __init__(self, num_rows: int) -> None:
+        self.floats = np.zeros((3, num_rows), np.float32)  # temperature, top-p, min-p
+        self.top_k = np.zeros(num_rows, np.int32)
+        self.seed = np.zeros(num_rows, np.int64)
+        self.restricted = np.zeros(num_rows, bool)
+        self.special = np.zeros(num_rows, bool)
+
+    def start(self, new: NewRow) -> None:
+        row, p = new.row, new.params
+        self.floats[:, row] = p.temperature, p.top_p, p.min_p
+        self.top_k[row] = max(0, p.top_k)
+        self.seed[row] = np.uint64(new.seed & (2**64 - 1)).astype(np.int64)
+        self.restricted[row] = is_restricted(p)
+        self.special[row] = is_special(p)
+
+
+@dataclass(slots=True)
+class GpuPending:
+    """A step that was launched; `wait` blocks until its tokens are on the host."""
+
+    plan: StepPlan
+    download: Download | None
+    num_lines: int  # tokens come first, then as many failure flags
+    logprobs: dict[int, TokenLogprobs]
+    prompt_logprobs: dict[int, tuple[int, tuple[TokenLogprobs, ...]]]
+
+    def wait(self) -> StepResult:
+        words = self.download.take() if self.download else []
+        results, line = [], 0
+        for step in self.plan.rows:
+            start, prompt = self.prompt_logprobs.get(step.row, (0, ()))
+            if not step.sample:
+                results.append(RowResult(step.row, prompt_logprobs=prompt, prompt_start=start))
+                continue
+            failed = words[self.num_lines + line]
+            found = self.logprobs.get(line)
+            results.append(
+                RowResult(
+                    step.row,
+                    () if failed else (words[line],),
+                    () if found is None else (found,),
+                    prompt,
+                    start,
+                    "the model's logits are not finite numbers" if failed else None,
+                )
+            )
+            line += 1
+        return StepResult(self.plan.step_id, tuple(results))
+
+
+class GpuModelRunner(ModelRunner):
+    """ModelRunner for one CUDA device and the Triton attention backend.
+
+    use_graphs: capture steps of single tokens. max_tokens: tokens of one step at most.
+    """
+
+    def __init__(self, model: Any, *, use_graphs: bool, max_tokens: int, **options: Any) -> None:
+        super().__init__(model, **options)
+        capability = torch.cuda.get_device_capability(self.device)
+        self._forward = GpuForward(model, model.attention, pdl=capability >= (9, 0))
+        num_rows, columns = self.rows.block_tables.shape
+        size = bucket_of(num_rows)
+        self._sampling = RowSampling(num_rows)
+        words = max(HEADER + size * (WORDS_PER_ROW + columns), 5 * max_tokens + size * columns)
+        self._uploader = Uploader(words + 16 * size + 64, self.device)
+        self._downloader = Downloader(2 * size)
+        self._graphs = GraphCache() if use_graphs else None
+        self._choice = torch.zeros(2 * size, dtype=torch.int64, device=self.device)
+        self._workspace = sampling.Workspace(size, model.config.vocab_size, self.device)
+        self._token_ids = torch.zeros(size, dtype=torch.int64, device=self.device)
+        self._tables = torch.zeros((size, columns), dtype=torch.int32, device=self.device)
+        self._cu_q_lens = torch.arange(size + 1, dtype=torch.int32, device=self.device)
+        self._no_slots = torch.zeros(0, dtype=torch.int64, device=self.device)
+
+    @torch.inference_mode()
+    def execute(self, plan: StepPlan) -> GpuPending:  # type: ignore[override]
+        """Runs one plan; plans must come in the order in which the scheduler made them."""
+        with torch.cuda.device(self.device):
+            self.rows.apply(plan)
+            for new in plan.new_rows:
+                self._sampling.start(new)
+            try:
+                self._copy_blocks(plan)
+                ids = np.array([step.row for step in plan.rows], np.int64)
+                single = all(step.num_tokens == 1 and step.sample for step in plan.rows)
+                if single and len(ids) and not self._sampling.special[ids].any():
+                    return self._single_tokens(plan, ids)
+                return self._any_tokens(plan, ids)
+            finally:
+                self.rows.advance(plan)
+
+    # --- steps of single tokens: one upload, one graph, one download -------------------------
+
+    def _single_tokens(self, plan: StepPlan, ids: NDArray[np.int64]) -> GpuPending:
+        size = bucket_of(len(ids))
+        self._upload_single(ids, size)
+        restricted = bool(self._sampling.restricted[ids].any())
+
+        def step() -> None:
+            self._single_step(size, restricted)
+
+        if self._graphs is None:
+            step()
+        else:
+            self._graphs.run((size, restricted), step)
+        download = self._downloader.send(self._choice[: 2 * size])
+        return GpuPending(plan, download, size, {}, {})
+
+    def _upload_single(self, ids: NDArray[np.int64], size: int) -> None:
+        s, n = self._sampling, len(ids)
+        words = self._uploader.begin()
+        context = self.rows.num_computed[ids] + 1
+        columns = -(-int(context.max()) // self.rows.block_size)
+        words[0] = columns
+        lines = words[HEADER : HEADER + WORDS_PER_ROW * size].reshape(WORDS_PER_ROW, size)
+        lines[0, n:], lines[1, n:], lines[2, n:] = -1, 0, 0
+        lines[0, :n], lines[1, :n] = ids, context
+        lines[2, :n] = s.floats[0, ids].view(np.int32)
+        lines[3, :n] = s.top_k[ids]
+        lines[4, :n] = s.floats[1, ids].view(np.int32)
+        lines[5, :n] = s.floats[2, ids].view(np.int32)
+        lines[6:].reshape(-1).view(np.int64)[:n] = s.seed[ids]
+        begin = HEADER + WORDS_PER_ROW * size
+        end = begin + n * columns
+        words[begin:end].reshape(n, columns)[:] = self.rows.block_tables[ids, :columns]
+        self._uploader.send(end)
+
+    def _single_step(self, size: int, restricted: bool) -> None:
+        """Everything of a step that a graph can hold; reads the uploaded words."""
+        words = self._uploader.device_words
+        lines = words[HEADER : HEADER + WORDS_PER_ROW * size].view(WORDS_PER_ROW, size)
+        rows, context = lines[0], lines[1]
+        packed = words[HEADER + WORDS_PER_ROW * size :]
+        tables = self._tables[:size]
+        prepare(
+            self.rows.tokens, rows, context, words[:1], packed, self._token_ids[:size], tables,
+            self.rows.block_size,
+        )  # fmt: skip
+        batch = AttentionBatch(
+            self._cu_q_lens[: size + 1], context, tables, self._no_slots, self._no_slots,
+            1, self.rows.tokens.shape[1],
+        )  # fmt: skip
+        residual = self._forward.hidden(self._token_ids[:size], batch, self.kv_cache)
+        floats = lines.view(torch.float32)
+        params = sampling.RowParams(
+            temperature=floats[2],
+            seed=lines[6:].view(-1).view(torch.int64),
+            position=context,
+            top_k=lines[3],
+            top_p=floats[4],
+            min_p=floats[5],
+        )
+        sampling.choose(
+            self._forward.logits(residual), params, self._workspace, self._choice[:size],
+            self._choice[size : 2 * size], restricted=restricted,
+            scatter=(self.rows.tokens, rows),
+        )  # fmt: skip
+
+    # --- all other steps ---------------------------------------------------------------------
+
+    def _any_tokens(self, plan: StepPlan, ids: NDArray[np.int64]) -> GpuPending:
+        q_lens = np.array([step.num_tokens for step in plan.rows], np.int64)
+        samples = np.array([step.sample for step in plan.rows], bool)
+        token_ids, batch, last, params, lines = self._upload_any(ids, q_lens, samples)
+        residual = self._forward.hidden(token_ids, batch, self.kv_cache)
+        special = self._sampling.special[ids].any()
+        prompt = {}
+        if special:
+            prompt = dict(self._prompt_logprobs(plan, self._forward.final_norm(residual)))
+        sampling_rows = ids[samples]
+        if not len(sampling_rows):
+            return GpuPending(plan, None, 0, {}, prompt)
+        logits = self._forward.logits(residual[last])
+        logprobs = self._choose(logits, params, lines, sampling_rows)
+        n = len(sampling_rows)
+        return GpuPending(plan, self._downloader.send(self._choice[: 2 * n]), n, logprobs, prompt)
+
+    def _upload_any(
+        self, ids: NDArray[np.int64], q_lens: NDArray[np.int64], samples: NDArray[np.bool_]
+    ) -> tuple[Tensor, AttentionBatch, Tensor, sampling.RowParams, Tensor]:
+        """Token ids, batch, each sampling row's last token, and the sampling rows' parameters."""
+        s, rows = self._sampling, self.rows
+        starts = rows.num_computed[ids]
+        context = starts + q_lens
+        cu = np.zeros(len(ids) + 1, np.int64)
+        np.cumsum(q_lens, out=cu[1:])
+        row_of_token = np.repeat(ids, q_lens)
+        positions = np.arange(cu[-1]) + np.repeat(starts - cu[:-1], q_lens)
+        size = rows.block_size
+        slots = rows.block_tables[row_of_token, positions // size].astype(np.int64) * size
+        columns = -(-int(context.max()) // size)
+        lines = ids[samples]
+        views = self._uploader.send_arrays([
+            slots + positions % size, positions, cu[1:][samples] - 1, s.seed[lines],
+            row_of_token.astype(np.int32), cu.astype(np.int32), context.astype(np.int32),
+            rows.block_tables[ids, :columns], context[samples].astype(np.int32), s.top_k[lines],
+            *s.floats[:, lines], lines.astype(np.int32),
+        ])  # fmt: skip
+        slot_mapping, at, last, seed, token_rows, cu_q, context_lens, tables = views[:8]
+        position, top_k, temperature, top_p, min_p, line_rows = views[8:]
+        batch = AttentionBatch(
+            cu_q, context_lens, tables, slot_mapping, at, int(q_lens.max()), int(context.max())
+        )
+        params = sampling.RowParams(temperature, seed, position, top_k, top_p, min_p)
+        token_ids = rows.tokens[token_rows.long(), at].long()
+        return token_ids, batch, last, params, line_rows
+
+    def _choose(
+        self, logits: Tensor, params: sampling.RowParams, lines: Tensor, rows: NDArray[np.int64]
+    ) -> dict[int, TokenLogprobs]:
+        """Chooses for every line; returns the log-probabilities that were asked for."""
+        s, n = self._sampling, len(rows)
+        wanted: list[int] = []
+        raw = logits
+        if s.special[rows].any():
+            logits = logits.float()
+            held = [self._params(int(row)) for row in rows]
+            wanted = [i for i, p in enumerate(held) if p.logprobs is not None]
+            raw = logits[wanted].clone()
+            for i, (row, p) in enumerate(zip(rows, held, strict=True)):
+                self._sampler.adjust(logits[i], int(row), p)
+        sampling.choose(
+            logits, params, self._workspace, self._choice[:n], self._choice[n : 2 * n],
+            restricted=bool(s.restricted[rows].any()), scatter=(self.rows.tokens, lines),
+        )  # fmt: skip
+        if not wanted:
+            return {}
+        counts = [self._params(int(rows[i])).logprobs or 0 for i in wanted]
+        found = token_logprobs(raw, self._choice[:n][wanted], counts)
+        return dict(zip(wanted, found, strict=True))
+
+    def _params(self, row: int) -> SamplingParams:
+        params = self.rows.params[row]
+        assert params is not None, f"row {row} samples but holds no sequence"
+        return params
