@@ -14,7 +14,7 @@ namespace nanovllm {
 namespace {
 
 constexpr int kKeys = kTileVectors * kLanes;  // keys of a tile
-constexpr int kUnitRows = 96;                 // rows (token, query head) that share packed keys
+constexpr int kUnitRows = 192;                // rows (token, query head) that share packed keys
 constexpr float kLowest = -1e30f;             // below any score, and finite: its differences are too
 constexpr long kSmallWork = 1 << 16;          // multiply-adds not worth a second thread
 
@@ -78,6 +78,8 @@ struct Attention {
     if (work >= kSmallWork) return parallel_for(count, attend);
     for (int i = 0; i < count; i++) attend(i);
   }
+
+  alignas(64) static constexpr Element zeros[256] = {};
 
   // One unit for one KV head. Row r is token begin + r / group, query head r % group of the group.
   struct Tile {
@@ -151,9 +153,13 @@ struct Attention {
     }
 
     void run() {
+      const Element* rows[2][kKeys];
       long end = position(panels.rows - 1) + 1;
-      for (long key = first_key(0) / kKeys * kKeys; key < end; key += kKeys) {
-        pack_tile(key, end);
+      long key = first_key(0) / kKeys * kKeys;
+      locate(key, end, rows[0]);
+      for (int now = 0; key < end; key += kKeys, now = 1 - now) {
+        locate(key + kKeys, end, rows[1 - now]);
+        pack_tile(rows[now], rows[1 - now]);
         for (long p = 0; p < panels.count; p++) {
           if (position(panels.first(p + 1) - 1) >= key) attend(p, key);
         }
@@ -161,43 +167,45 @@ struct Attention {
       for (long row = 0; row < panels.rows; row++) finish(row);
     }
 
-    // Keys [key, key + kKeys) and their values; zeros from `end` on, where slots may hold anything.
-    void pack_tile(long key, long end) {
-      alignas(64) static const Element zeros[256] = {};
+    // Where the keys [key, key + kKeys) lie; `zeros` from `end` on, where slots may hold anything.
+    void locate(long key, long end, const Element** rows) const {
       const Element* base = static_cast<const Element*>(a.cache.data);
-      const int32_t* table = a.batch.block_tables + unit.seq * a.batch.table_row;
-      const Element* k[kKeys];
-      const Element* v[kKeys];
+      const int32_t* block = a.batch.block_tables + unit.seq * a.batch.table_row;
+      block += key / a.cache.block_size;
+      long offset = key % a.cache.block_size;
       for (int i = 0; i < kKeys; i++) {
-        k[i] = v[i] = zeros;
-        if (key + i >= end) continue;
-        long block = table[(key + i) / a.cache.block_size];
-        k[i] = base + a.cache.slot(block, head, (key + i) % a.cache.block_size);
-        v[i] = k[i] + a.cache.value_offset();
-      }
-      for (int i = 0; i < kTileVectors; i++) {
-        pack_columns<Kind>(k + i * kLanes, a.cache.dim, keys + i * Kind::kBytes,
-                           kTileVectors * Kind::kBytes);
-      }
-      for (long s = 0; s < num_steps<Kind>(kKeys); s++) {
-        pack_value_step(v + s * Kind::kDepth, values + s * a.vectors * Kind::kBytes);
+        rows[i] = key + i < end ? base + a.cache.slot(*block, head, offset) : zeros;
+        if (++offset == a.cache.block_size) {
+          offset = 0;
+          block++;
+        }
       }
     }
 
-    // One step of values: [vector][lane][depth].
-    void pack_value_step(const Element* const* v, char* step) {
-      for (long d = 0; d < a.cache.dim; d += kLanes, step += Kind::kBytes) {
-        int count = static_cast<int>(std::min<long>(kLanes, a.cache.dim - d));
-        if constexpr (Kind::kDepth == 1) {
-          Element part[kLanes] = {};
-          std::memcpy(part, v[0] + d, count * sizeof(Element));
-          std::memcpy(step, part, sizeof part);
-        } else {
-          // Widened bfloat16 is its bits in the upper half: shift the first of a pair down.
-          VecBits first = bit_cast<VecBits>(load_part(v[0] + d, count)) >> 16;
-          VecBits pair = first | bit_cast<VecBits>(load_part(v[1] + d, count));
-          std::memcpy(step, &pair, sizeof pair);
+    const Element* value_of(const Element* key_row) const {
+      return key_row == zeros ? zeros : key_row + a.cache.value_offset();
+    }
+
+    void fetch(const Element* row) const {
+      const char* p = reinterpret_cast<const char*>(row);
+      long bytes = a.cache.dim * sizeof(Element);
+      for (long i = 0; i < bytes; i += 64) __builtin_prefetch(p + i, 0, 2);
+    }
+
+    // Packs the keys and values of one tile, and has those of the next one fetched meanwhile.
+    void pack_tile(const Element* const* rows, const Element* const* next_rows) {
+      for (int i = 0; i < kTileVectors; i++) {
+        for (int j = 0; j < kLanes; j++) fetch(next_rows[i * kLanes + j]);
+        pack_columns<Kind>(rows + i * kLanes, a.cache.dim, keys + i * Kind::kBytes,
+                           kTileVectors * Kind::kBytes);
+      }
+      for (long i = 0; i < kKeys; i += Kind::kDepth) {
+        const Element* v[Kind::kDepth];
+        for (int d = 0; d < Kind::kDepth; d++) {
+          fetch(value_of(next_rows[i + d]));
+          v[d] = value_of(rows[i + d]);
         }
+        pack_rows<Kind>(v, a.cache.dim, values + i / Kind::kDepth * a.vectors * Kind::kBytes);
       }
     }
 
@@ -263,7 +271,7 @@ struct Attention {
       for (int i = 0; i < kLanes; i++) lane[i] = i;
       VecInt seen = (lane >= static_cast<int>(std::max(first - key, 0L))) &
                     (lane <= static_cast<int>(std::clamp(last - key, -1L, long(kLanes))));
-      return select(seen, score, splat(-INFINITY));
+      return seen ? score : splat(-INFINITY);
     }
 
     void finish(long row) {

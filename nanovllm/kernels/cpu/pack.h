@@ -102,4 +102,32 @@ void pack_columns(const typename Kind::Element* const* columns, long k, char* ou
   }
 }
 
+// kDepth rows of length n -> one step of all vectors of columns, zeros where n ends.
+template <class Kind>
+void pack_rows(const typename Kind::Element* const* rows, long n, char* step) {
+  using Element = typename Kind::Element;
+  long i = 0;
+#if defined(__AVX512BF16__)
+  if constexpr (Kind::kDepth == 2) {
+    // Word w of the first vector is element w / 2 of row w % 2; the second goes on from there.
+    alignas(64) static constexpr uint16_t order[64] = {
+        0,  32, 1,  33, 2,  34, 3,  35, 4,  36, 5,  37, 6,  38, 7,  39, 8,  40, 9,  41, 10, 42,
+        11, 43, 12, 44, 13, 45, 14, 46, 15, 47, 16, 48, 17, 49, 18, 50, 19, 51, 20, 52, 21, 53,
+        22, 54, 23, 55, 24, 56, 25, 57, 26, 58, 27, 59, 28, 60, 29, 61, 30, 62, 31, 63};
+    __m512i low = _mm512_load_si512(order), high = _mm512_load_si512(order + 32);
+    for (; i + 32 <= n; i += 32, step += 128) {
+      __m512i a = _mm512_loadu_si512(rows[0] + i), b = _mm512_loadu_si512(rows[1] + i);
+      _mm512_storeu_si512(step, _mm512_permutex2var_epi16(a, low, b));
+      _mm512_storeu_si512(step + 64, _mm512_permutex2var_epi16(a, high, b));
+    }
+  }
+#endif
+  for (; i < n; i += kLanes, step += Kind::kBytes) {
+    Element* out = reinterpret_cast<Element*>(step);
+    for (int j = 0; j < kLanes; j++) {
+      for (int d = 0; d < Kind::kDepth; d++) *out++ = i + j < n ? rows[d][i + j] : Element{};
+    }
+  }
+}
+
 }  // namespace nanovllm

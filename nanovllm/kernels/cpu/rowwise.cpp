@@ -88,7 +88,7 @@ template <class T>
 void silu_mul_row(const T* gate_up, long n, T* out) {
   for_vectors(n, [&](long i, int count) {
     Vec gate = load_part(gate_up + i, count);
-    Vec bounded = select(gate > splat(-80.0f), gate, splat(-80.0f));  // e^80 is finite
+    Vec bounded = max(gate, splat(-80.0f));  // e^80 is finite
     Vec sigmoid = 1.0f / (1.0f + exp(Vec{} - bounded));
     store_part(out + i, gate * sigmoid * load_part(gate_up + n + i, count), count);
   });

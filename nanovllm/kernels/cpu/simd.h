@@ -65,11 +65,7 @@ inline To bit_cast(const From& from) {
 
 inline Vec splat(float x) { return x - Vec{}; }
 
-inline Vec select(VecInt mask, Vec yes, Vec no) {
-  return bit_cast<Vec>((mask & bit_cast<VecInt>(yes)) | (~mask & bit_cast<VecInt>(no)));
-}
-
-inline Vec max(Vec a, Vec b) { return select(a > b, a, b); }
+inline Vec max(Vec a, Vec b) { return a > b ? a : b; }
 
 // ---- loads: any element type to float32
 
@@ -192,13 +188,17 @@ inline float largest(Vec v) {
   return result;
 }
 
-// e^x for x <= 88, to about 2 units in the last place; exactly 1 at 0 and exactly 0 below -87.
+// e^x for x <= 88, to about 2 units in the last place; exactly 1 at 0 and exactly 0 below -110.
 // 2^n * e^r with r in [-ln 2 / 2, ln 2 / 2] (Cody and Waite's reduction, Taylor coefficients).
 inline Vec exp(Vec x) {
+  x = max(x, splat(-200.0f));
+#if defined(__AVX512F__)
+  Vec n = (Vec)_mm512_roundscale_ps((__m512)(x * 1.44269504f), 0);
+#else
   const Vec shift = splat(0x1.8p23f);
-  Vec clamped = select(x > splat(-87.0f), x, splat(-87.0f));
-  Vec n = (clamped * 1.44269504f + shift) - shift;
-  Vec r = clamped - n * 0x1.62ep-1f - n * 0x1.0bfbe8p-15f;
+  Vec n = (x * 1.44269504f + shift) - shift;
+#endif
+  Vec r = x - n * 0x1.62ep-1f - n * 0x1.0bfbe8p-15f;
   Vec p = splat(1.0f / 720);
   p = p * r + 1.0f / 120;
   p = p * r + 1.0f / 24;
@@ -206,8 +206,12 @@ inline Vec exp(Vec x) {
   p = p * r + 0.5f;
   p = p * r + 1.0f;
   p = p * r + 1.0f;
+#if defined(__AVX512F__)
+  return (Vec)_mm512_scalef_ps((__m512)p, (__m512)n);
+#else
   VecInt exponent = (__builtin_convertvector(n, VecInt) + 127) << 23;
-  return select(x > splat(-87.0f), p * bit_cast<Vec>(exponent), Vec{});
+  return x > splat(-87.0f) ? p * bit_cast<Vec>(exponent) : Vec{};
+#endif
 }
 
 }  // namespace nanovllm
