@@ -5,12 +5,13 @@ from __future__ import annotations
 import hmac
 import re
 import secrets
+from importlib.resources import files
 from typing import Any
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
-from starlette.responses import Response
+from starlette.responses import HTMLResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -24,7 +25,16 @@ from nanovllm.server.service import Service
 
 MAX_HEADERS = 128
 MAX_HEADER_BYTES = 32 << 10
-OPEN_PATHS = (b"/health",)
+OPEN_PATHS = (b"/health", b"/")  # the page at / holds nothing but itself, and asks for the key
+# The page runs its own script and style, talks to its own server, and shows nothing from elsewhere.
+PAGE_HEADERS = {
+    "Cache-Control": "no-cache",
+    "Content-Security-Policy": "default-src 'none'; script-src 'unsafe-inline'; "
+    "style-src 'unsafe-inline'; connect-src 'self'; img-src data:; base-uri 'none'; "
+    "form-action 'none'; frame-ancestors 'none'",
+    "Referrer-Policy": "no-referrer",
+    "X-Content-Type-Options": "nosniff",
+}
 METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 CLIENT_CLOSED = 499  # nginx's number; nobody is left to read it
 _REQUEST_ID = re.compile(rb"[\x21-\x7e]{1,128}")
@@ -41,6 +51,7 @@ def create_app(service: Service) -> ASGIApp:
         ("/detokenize", detokenize),
     ]
     get = [
+        ("/", page),
         ("/v1/models", list_models),
         ("/v1/models/{name:path}", get_model),
         ("/models", list_models),
@@ -160,6 +171,11 @@ async def _unexpected(request: Request, error: Exception) -> Response:
 def _service(request: Request) -> Service:
     service: Service = request.app.state.service
     return service
+
+
+async def page(request: Request) -> Response:
+    source = files("nanovllm.server").joinpath("page.html").read_text(encoding="utf-8")
+    return HTMLResponse(source, headers=PAGE_HEADERS)
 
 
 def _model_card(service: Service, name: str) -> dict[str, Any]:

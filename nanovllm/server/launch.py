@@ -31,6 +31,7 @@ from nanovllm.server.service import ServerConfig, Service
 from nanovllm.text.chat import ChatTemplate
 
 logger = logging.getLogger("nanovllm.server")
+logging.getLogger("uvicorn.error").setLevel(logging.WARNING)  # it tells of every start and end
 BACKLOG = 2048
 DEATH_LINGER = 1.0  # seconds in which /health says what happened before the server exits
 END_SECONDS = 5.0  # for the engine's process to end when it is told to
@@ -236,7 +237,7 @@ class Run:
                 *(info.model, info.device, info.dtype, info.max_model_len),
                 *(info.num_blocks, info.block_size, info.load_seconds),
             )
-            print(f"ready: API at {url}/v1", flush=True)
+            print(f"ready: chat at {url}/ and API at {url}/v1", flush=True)
 
     async def _end_with_engine(self) -> None:
         client = self._service.client
