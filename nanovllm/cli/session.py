@@ -38,7 +38,7 @@ def open_session(options: argparse.Namespace) -> Session:
     engine = given(options, EngineConfig)
     EngineConfig.from_kwargs(**engine)
     name = engine.get("model", "demo")
-    with Status(f"loading {name} ..."):
+    with Status(f"loading {name} ..."), InterruptFlag(raises=True):
         # Here because it imports the tokenizer library: flags are checked first, at once.
         from nanovllm.model_files import find_model
 

@@ -62,10 +62,15 @@ class Status:
 
 
 class InterruptFlag:
-    """Ctrl-C within the block sets `is_set`, so that a step ends whole; a second one raises."""
+    """Ctrl-C within the block sets `is_set`, so that a step ends whole; a second one raises.
 
-    def __init__(self) -> None:
+    With `raises` the first one raises as well, and again at the end of the block if somebody's
+    code swallowed it, as imports of large libraries do.
+    """
+
+    def __init__(self, *, raises: bool = False) -> None:
         self.is_set = False
+        self._raises = raises
         self._before: Any = None
 
     def __enter__(self) -> Self:
@@ -79,8 +84,10 @@ class InterruptFlag:
         traceback: TracebackType | None,
     ) -> None:
         signal.signal(signal.SIGINT, self._before)
+        if self._raises and self.is_set and kind is None:
+            raise KeyboardInterrupt
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self.is_set:
+        again, self.is_set = self.is_set, True
+        if again or self._raises:
             raise KeyboardInterrupt
-        self.is_set = True

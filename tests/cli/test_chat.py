@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import os
+import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -198,6 +200,24 @@ def test_the_prompt_stays_out_of_redirected_answers(
     monkeypatch.setattr("sys.stdin", io.StringIO("one\\\ntwo\n"))
     assert chat._read_turn(interactive=True) == "one\ntwo"
     assert tuple(capsys.readouterr()) == ("", "> . ")
+
+
+def test_an_interrupt_that_was_swallowed_counts() -> None:
+    with pytest.raises(KeyboardInterrupt), terminal.InterruptFlag(raises=True):
+        with contextlib.suppress(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+        swallowed = True
+    assert swallowed
+
+
+def test_the_first_interrupt_waits_and_the_second_does_not() -> None:
+    with terminal.InterruptFlag() as flag:
+        signal.raise_signal(signal.SIGINT)
+        assert flag.is_set
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        signal.raise_signal(signal.SIGINT)
 
 
 def test_history_follows_the_xdg_directory(monkeypatch: pytest.MonkeyPatch) -> None:
