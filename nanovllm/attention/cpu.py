@@ -8,8 +8,7 @@ from torch import Tensor
 
 from nanovllm.attention.base import AttentionBatch, AttentionSpec
 from nanovllm.kernels import cpu_ops
-
-_MAX_DIM = 256
+from nanovllm.kernels.cpu_ops import BatchView, CacheView
 
 
 class CpuAttention:
@@ -24,7 +23,7 @@ class CpuAttention:
         if spec.dtype not in cpu_ops.DTYPES:
             return f"the CPU kernels know float32, bfloat16 and float16, not {spec.dtype}"
         for what, value in (("head_dim", spec.head_dim), ("block_size", spec.block_size)):
-            if value % 8 or not 8 <= value <= _MAX_DIM:
+            if value % 8 or not 8 <= value <= cpu_ops.MAX_DIM:
                 return (
                     f"the CPU kernels need a {what} that is a multiple of 8 up to 256, not {value}"
                 )
@@ -36,9 +35,12 @@ class CpuAttention:
         if isinstance(ops, str):
             raise RuntimeError(ops)
         self._ops = ops
+        self._caches: dict[tuple[object, ...], CacheView] = {}
 
     def plan(self, batch: AttentionBatch) -> None:
-        """Nothing to prepare: the kernels read the batch as it is."""
+        """Checks the batch and notes its addresses, once for all layers."""
+        tables, slots = batch.block_tables, batch.slot_mapping
+        batch.plan = BatchView(batch.cu_q_lens, batch.context_lens, tables, slots)
 
     def forward(
         self,
@@ -51,7 +53,14 @@ class CpuAttention:
         window: int | None,
     ) -> Tensor:
         """Stores k and v [T, G, D] into their slots, then attends q [T, H, D] -> [T, H, D]."""
-        self._ops.store_kv(k, v, kv_cache, batch.slot_mapping)
-        tables, cu_q_lens = batch.block_tables, batch.cu_q_lens
-        lens = batch.context_lens
-        return self._ops.attention(q, kv_cache, tables, cu_q_lens, lens, scale, window)
+        cache = self._view(kv_cache)
+        self._ops.store(k, v, cache, batch.plan)
+        return self._ops.attend(q, cache, batch.plan, scale, window)
+
+    def _view(self, kv_cache: Tensor) -> CacheView:
+        """The checked view of one layer's cache: numbers only, the same for the same key."""
+        key = (kv_cache.data_ptr(), kv_cache.shape, kv_cache.stride(), kv_cache.dtype)
+        view = self._caches.get(key)
+        if view is None:
+            view = self._caches[key] = CacheView(kv_cache)
+        return view

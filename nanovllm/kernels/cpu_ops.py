@@ -21,8 +21,8 @@ from torch import Tensor
 from nanovllm.kernels.cpu.build import BuildError, build_library
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+MAX_DIM = 256  # of a head, and of the slots of a block
 _POINTER, _LONG, _INT, _FLOAT = ctypes.c_void_p, ctypes.c_long, ctypes.c_int, ctypes.c_float
-_CACHE_ARGS = [_INT, _POINTER, *[_LONG] * 5]
 _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "start": (None, [_INT]),
     "pack": (_POINTER, [_POINTER, _LONG, _LONG, _INT]),
@@ -39,14 +39,8 @@ _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
         ],
     ),
     "silu_mul": (None, [_INT, _POINTER, _LONG, _LONG, _POINTER]),
-    "store_kv": (_LONG, [*_CACHE_ARGS, _POINTER, _LONG, _POINTER, _LONG, _POINTER, _LONG]),
-    "attention": (
-        _LONG,
-        [
-            *[*_CACHE_ARGS, _POINTER, _POINTER, _POINTER, _LONG, _LONG],
-            *[_POINTER, _LONG, _LONG, _FLOAT, _LONG, _POINTER],
-        ],
-    ),
+    "store_kv": (_LONG, [*[_POINTER] * 3, _LONG, _POINTER, _LONG]),
+    "attention": (_LONG, [*[_POINTER] * 3, _LONG, _LONG, _FLOAT, _LONG, _POINTER]),
 }
 
 
@@ -95,6 +89,75 @@ class PackedWeight:
     def __del__(self) -> None:
         if getattr(self, "handle", None):
             self._free(self.handle)
+
+
+class CacheView(ctypes.Structure):
+    """What the kernels know of kv_cache [B, 2, G, P, D]; valid while that tensor lives."""
+
+    _fields_ = (
+        ("data", _POINTER),
+        ("dtype", _LONG),
+        ("num_blocks", _LONG),
+        ("block_row", _LONG),
+        ("num_heads", _LONG),
+        ("block_size", _LONG),
+        ("dim", _LONG),
+    )
+
+    def __init__(self, kv_cache: Tensor) -> None:
+        num_blocks, two, num_heads, block_size, dim = kv_cache.shape
+        inner = (num_heads * block_size * dim, block_size * dim, dim, 1)
+        if two != 2 or dim % 8 or block_size % 8 or max(dim, block_size) > MAX_DIM:
+            raise ValueError(
+                f"the KV cache is {list(kv_cache.shape)}; it must be [B, 2, G, P, D] with P and D "
+                f"multiples of 8 and at most {MAX_DIM}"
+            )
+        if kv_cache.stride()[1:] != inner:
+            raise ValueError(f"a KV block must be contiguous: {_describe(kv_cache)}")
+        dtype = _dtype("KV cache", kv_cache)
+        row = kv_cache.stride(0)
+        super().__init__(kv_cache.data_ptr(), dtype, num_blocks, row, num_heads, block_size, dim)
+        self.torch_dtype = kv_cache.dtype
+
+
+class BatchView(ctypes.Structure):
+    """What the kernels know of a step's batch; valid while its tensors live unmoved."""
+
+    _fields_ = (
+        ("cu_q_lens", _POINTER),
+        ("context_lens", _POINTER),
+        ("block_tables", _POINTER),
+        ("table_row", _LONG),
+        ("num_seqs", _LONG),
+        ("slots", _POINTER),
+        ("num_tokens", _LONG),
+    )
+
+    def __init__(
+        self,
+        cu_q_lens: Tensor,
+        context_lens: Tensor,
+        block_tables: Tensor,
+        slot_mapping: Tensor | None = None,
+    ) -> None:
+        num_seqs = context_lens.shape[0]
+        _check("context_lens", context_lens, (num_seqs,), torch.int32)
+        _check("cu_q_lens", cu_q_lens, (num_seqs + 1,), torch.int32)
+        if block_tables.dtype is not torch.int32 or block_tables.stride(-1) != 1:
+            raise ValueError(f"block_tables is {_describe(block_tables)}, not rows of int32")
+        super().__init__(
+            cu_q_lens.data_ptr(),
+            context_lens.data_ptr(),
+            block_tables.data_ptr(),
+            block_tables.stride(0),
+            num_seqs,
+        )
+        if slot_mapping is not None:
+            self.set_slots(slot_mapping)
+
+    def set_slots(self, slot_mapping: Tensor) -> None:
+        _check("slot_mapping", slot_mapping, (slot_mapping.shape[0],), torch.int64)
+        self.slots, self.num_tokens = slot_mapping.data_ptr(), slot_mapping.shape[0]
 
 
 class CpuOps:
@@ -224,19 +287,23 @@ class CpuOps:
     def store_kv(self, k: Tensor, v: Tensor, kv_cache: Tensor, slot_mapping: Tensor) -> None:
         """Writes k and v [T, G, D] into the slots [T] int64 (block * P + offset) of
         kv_cache [B, 2, G, P, D]."""
-        cache = _cache_args("store_kv", kv_cache)
-        num_heads, block_size, dim = kv_cache.shape[2:]
-        num_tokens, *_ = _check_heads("store_kv: k", k, kv_cache.dtype, None, dim, num_heads)
-        _check_heads("store_kv: v", v, kv_cache.dtype, num_tokens, dim, num_heads)
-        _check("store_kv: slot_mapping", slot_mapping, (num_tokens,), torch.int64)
+        batch = BatchView.__new__(BatchView)
+        batch.set_slots(slot_mapping)
+        self.store(k, v, CacheView(kv_cache), batch)
+
+    def store(self, k: Tensor, v: Tensor, cache: CacheView, batch: BatchView) -> None:
+        """store_kv with arguments that were checked before."""
+        dtype, heads, dim = cache.torch_dtype, cache.num_heads, cache.dim
+        _check_heads("store_kv: k", k, dtype, batch.num_tokens, dim, heads)
+        _check_heads("store_kv: v", v, dtype, batch.num_tokens, dim, heads)
         bad = self._store_kv(
-            *cache,
+            *(ctypes.addressof(cache), ctypes.addressof(batch)),
             *(k.data_ptr(), k.stride(0), v.data_ptr(), v.stride(0)),
-            *(slot_mapping.data_ptr(), num_tokens),
         )
         if bad >= 0:
-            limit = kv_cache.shape[0] * block_size
-            raise ValueError(f"store_kv: slot {int(slot_mapping[bad])} is outside [0, {limit})")
+            slot = ctypes.cast(batch.slots, ctypes.POINTER(ctypes.c_int64))[bad]
+            limit = cache.num_blocks * cache.block_size
+            raise ValueError(f"store_kv: slot {slot} is outside [0, {limit})")
 
     def attention(
         self,
@@ -253,30 +320,27 @@ class CpuOps:
         The other arguments are as in AttentionBatch; window counts the positions a query sees,
         its own included. Slots outside a context are never used, whatever they hold.
         """
-        cache = _cache_args("attention", kv_cache)
-        num_kv_heads, _, dim = kv_cache.shape[2:]
-        _, num_heads, _ = _check_heads("attention: q", q, kv_cache.dtype, None, dim)
-        num_seqs = context_lens.shape[0]
-        _check("attention: context_lens", context_lens, (num_seqs,), torch.int32)
-        _check("attention: cu_q_lens", cu_q_lens, (num_seqs + 1,), torch.int32)
-        if block_tables.dtype is not torch.int32 or block_tables.stride(-1) != 1:
+        batch = BatchView(cu_q_lens, context_lens, block_tables)
+        return self.attend(q, CacheView(kv_cache), batch, scale, window)
+
+    def attend(
+        self, q: Tensor, cache: CacheView, batch: BatchView, scale: float, window: int | None
+    ) -> Tensor:
+        """attention with arguments that were checked before."""
+        _, num_heads, _ = _check_heads("attention: q", q, cache.torch_dtype, None, cache.dim)
+        if num_heads % cache.num_heads or (window is not None and window < 1):
             raise ValueError(
-                f"attention: block_tables is {_describe(block_tables)}, not int32 rows"
-            )
-        if num_heads % num_kv_heads or (window is not None and window < 1):
-            raise ValueError(
-                f"attention: {num_heads} query heads over {num_kv_heads} KV heads, window {window}"
+                f"attention: {num_heads} query heads over {cache.num_heads} KV heads, "
+                f"window {window}"
             )
         out = torch.empty(q.shape, dtype=q.dtype)
         bad = self._attention(
-            *cache,
-            *(cu_q_lens.data_ptr(), context_lens.data_ptr()),
-            *(block_tables.data_ptr(), block_tables.stride(0), num_seqs),
+            *(ctypes.addressof(cache), ctypes.addressof(batch)),
             *(q.data_ptr(), q.stride(0), num_heads, scale, window or 0, out.data_ptr()),
         )
         if bad >= 0:
             raise ValueError(
-                f"attention: sequence {bad} names a block outside [0, {kv_cache.shape[0]})"
+                f"attention: sequence {bad} names a block outside [0, {cache.num_blocks})"
             )
         return out
 
@@ -315,18 +379,3 @@ def _check_heads(
         f"{what} is {_describe(tensor)}, not [{num_tokens or 'T'}, {num_heads or 'heads'}, "
         f"{dim or 'D'}] {dtype} with its last two dimensions contiguous"
     )
-
-
-def _cache_args(where: str, kv_cache: Tensor) -> tuple[int, int, int, int, int, int, int]:
-    """dtype, address, blocks, elements between blocks, KV heads, slots a block, head dim."""
-    num_blocks, two, num_heads, block_size, dim = kv_cache.shape
-    inner = (num_heads * block_size * dim, block_size * dim, dim, 1)
-    if two != 2 or dim % 8 or block_size % 8 or max(dim, block_size) > 256:
-        raise ValueError(
-            f"{where}: the cache is {list(kv_cache.shape)}; it must be [B, 2, G, P, D] with P and "
-            f"D multiples of 8 and at most 256"
-        )
-    if kv_cache.stride()[1:] != inner:
-        raise ValueError(f"{where}: a block must be contiguous, the cache is {_describe(kv_cache)}")
-    dtype = _dtype(where, kv_cache)
-    return dtype, kv_cache.data_ptr(), num_blocks, kv_cache.stride(0), num_heads, block_size, dim

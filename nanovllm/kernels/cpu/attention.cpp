@@ -19,8 +19,10 @@ constexpr float kLowest = -1e30f;             // below any score, and finite: it
 constexpr long kSmallWork = 1 << 16;          // multiply-adds not worth a second thread
 
 // Keys at [block, 0], values at [block, 1]; each [head, slot, dim], contiguous in a block.
+// This struct and the next are filled by the Python side, field by field.
 struct Cache {
   void* data;
+  long dtype;
   long num_blocks;
   long block_row;  // elements between blocks
   long num_heads, block_size, dim;
@@ -37,6 +39,8 @@ struct Batch {
   const int32_t* block_tables;
   long table_row;
   long num_seqs;
+  const int64_t* slots;  // of the new tokens
+  long num_tokens;
 };
 
 template <class Kind>
@@ -286,11 +290,11 @@ struct Attention {
 };
 
 template <class Element>
-void store_kv(const Cache& cache, const Element* k, const Element* v, long k_row, long v_row,
-              const int64_t* slots, long count) {
+void store_kv(const Cache& cache, const Batch& batch, const Element* k, long k_row,
+              const Element* v, long v_row) {
   Element* base = static_cast<Element*>(cache.data);
-  for (long t = 0; t < count; t++) {
-    long block = slots[t] / cache.block_size, offset = slots[t] % cache.block_size;
+  for (long t = 0; t < batch.num_tokens; t++) {
+    long block = batch.slots[t] / cache.block_size, offset = batch.slots[t] % cache.block_size;
     for (long head = 0; head < cache.num_heads; head++) {
       Element* to = base + cache.slot(block, head, offset);
       std::memcpy(to, k + t * k_row + head * cache.dim, cache.dim * sizeof(Element));
@@ -317,34 +321,28 @@ long first_bad_sequence(const Cache& cache, const Batch& batch) {
 extern "C" {
 
 // Returns the index of the first slot outside the cache, or -1 when all went well.
-long nanovllm_store_kv(int dtype, void* data, long num_blocks, long block_row, long num_heads,
-                       long block_size, long dim, const void* k, long k_row, const void* v,
-                       long v_row, const int64_t* slots, long count) {
-  Cache cache{data, num_blocks, block_row, num_heads, block_size, dim};
-  long bad = first_outside(slots, count, num_blocks * block_size);
+long nanovllm_store_kv(const Cache* cache, const Batch* batch, const void* k, long k_row,
+                       const void* v, long v_row) {
+  long num_slots = cache->num_blocks * cache->block_size;
+  long bad = first_outside(batch->slots, batch->num_tokens, num_slots);
   if (bad >= 0) return bad;
-  with_element(dtype, [&](auto zero) {
+  with_element(cache->dtype, [&](auto zero) {
     using Element = decltype(zero);
-    store_kv(cache, static_cast<const Element*>(k), static_cast<const Element*>(v), k_row, v_row,
-             slots, count);
+    store_kv(*cache, *batch, static_cast<const Element*>(k), k_row,
+             static_cast<const Element*>(v), v_row);
   });
   return -1;
 }
 
 // Returns the first sequence with a block outside the cache, or -1 when all went well.
-long nanovllm_attention(int dtype, void* data, long num_blocks, long block_row, long num_heads,
-                        long block_size, long dim, const int32_t* cu_q_lens,
-                        const int32_t* context_lens, const int32_t* block_tables, long table_row,
-                        long num_seqs, const void* q, long q_row, long num_q_heads, float scale,
-                        long window, void* out) {
-  Cache cache{data, num_blocks, block_row, num_heads, block_size, dim};
-  Batch batch{cu_q_lens, context_lens, block_tables, table_row, num_seqs};
-  long bad = first_bad_sequence(cache, batch);
+long nanovllm_attention(const Cache* cache, const Batch* batch, const void* q, long q_row,
+                        long num_heads, float scale, long window, void* out) {
+  long bad = first_bad_sequence(*cache, *batch);
   if (bad >= 0) return bad;
-  with_element(dtype, [&](auto zero) {
+  with_element(cache->dtype, [&](auto zero) {
     using Element = decltype(zero);
     using Kind = typename KindFor<Element>::Type;
-    Attention<Kind>{cache, batch, static_cast<const Element*>(q), q_row, num_q_heads, scale,
+    Attention<Kind>{*cache, *batch, static_cast<const Element*>(q), q_row, num_heads, scale,
                     window, static_cast<Element*>(out)}
         .run();
   });

@@ -39,7 +39,7 @@ enum DType { kFloat32 = 0, kBfloat16 = 1, kFloat16 = 2 };
 
 // Calls f with a zero of the element type.
 template <class F>
-inline void with_element(int dtype, F f) {
+inline void with_element(long dtype, F f) {
   switch (dtype) {
     case kFloat32: return f(float{});
     case kBfloat16: return f(Bf16{});
