@@ -183,7 +183,10 @@ def _sample_plain(
 
 
 def invert_cdf(weights: Tensor, uniform: Tensor) -> Tensor:
-    """Index i of [L, V] with cdf[i - 1] <= u * total < cdf[i]; never one of weight zero."""
+    """Index i of [L, V] with cdf[i - 1] <= u * total < cdf[i]; never one of weight zero.
+
+    Rows without any weight (their logits were not numbers) get some index below V.
+    """
     num_rows, vocab = weights.shape
     padded = torch.nn.functional.pad(weights, (0, -vocab % TILE)).view(num_rows, -1, TILE)
     tile_cdf = padded.sum(-1, dtype=torch.float64).cumsum(-1)
@@ -195,7 +198,7 @@ def invert_cdf(weights: Tensor, uniform: Tensor) -> Tensor:
     offset = (cdf <= target - before).sum(-1, keepdim=True)
     # Rounding may leave the target past the tile's end: take its last token of any weight.
     last = TILE - 1 - (inside > 0).flip(-1).int().argmax(-1, keepdim=True)
-    return (tile * TILE + torch.minimum(offset, last)).squeeze(1)
+    return (tile * TILE + torch.minimum(offset, last)).squeeze(1).clamp_(max=vocab - 1)
 
 
 def _sample_restricted(
@@ -214,7 +217,7 @@ def _sample_restricted(
             row_values, row_ids = scaled[i : i + 1].sort(dim=-1, descending=True, stable=True)
             row_kept = _cut((row_values - log_total[i]).exp(), params[i : i + 1])
             chosen[i] = row_ids[0, invert_cdf(row_kept, uniform[i : i + 1])[0]]
-    return chosen, log_total.squeeze(1).isnan()
+    return chosen, ~log_total.squeeze(1).isfinite()
 
 
 def _cut(probs: Tensor, params: list[SamplingParams]) -> Tensor:
