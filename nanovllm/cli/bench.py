@@ -18,7 +18,7 @@ from nanovllm import ConfigError, EngineConfig
 from nanovllm.bench import workloads
 from nanovllm.bench.shapes import SHAPES, find_shape, write_shape
 from nanovllm.cli.flags import Parser, add_engine_flags, given, refuse
-from nanovllm.cli.terminal import Status, say
+from nanovllm.cli.terminal import InterruptFlag, Status, say
 
 COLD_START = "cold-start"
 NAMES = (*workloads.WORKLOADS, COLD_START)
@@ -54,7 +54,8 @@ def run(options: argparse.Namespace) -> int:
     engine = given(options, EngineConfig)
     EngineConfig.from_kwargs(**engine)
     with _model(options, engine) as chosen, Status("loading ...") as status:
-        from nanovllm.bench import offline, report  # loads torch: the flags are right
+        with InterruptFlag(raise_at_end=True):
+            from nanovllm.bench import offline, report  # loads torch: the flags are right
 
         done = None
         results = []

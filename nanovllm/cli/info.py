@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from nanovllm import EngineConfig
 from nanovllm.cli.flags import Parser, add_engine_flags, given
-from nanovllm.cli.terminal import Status
+from nanovllm.cli.terminal import InterruptFlag, Status
 
 if TYPE_CHECKING:
     from nanovllm.bench.inspect import Inspection
@@ -31,7 +31,8 @@ def add_arguments(parser: Parser) -> None:
 def run(options: argparse.Namespace) -> int:
     config = EngineConfig.from_kwargs(**given(options, EngineConfig))
     with Status("looking around ..."):
-        from nanovllm.bench.inspect import inspect  # loads torch: after the flags are checked
+        with InterruptFlag(raise_at_end=True):
+            from nanovllm.bench.inspect import inspect  # loads torch: after the flags are checked
 
         found = inspect(config)
     if options.json is None:

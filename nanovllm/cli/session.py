@@ -10,7 +10,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import nanovllm
 from nanovllm import EngineConfig, RequestOutput, SamplingParams
 from nanovllm.cli.flags import given
 from nanovllm.cli.terminal import InterruptFlag, Status, say
@@ -38,12 +37,14 @@ def open_session(options: argparse.Namespace) -> Session:
     engine = given(options, EngineConfig)
     EngineConfig.from_kwargs(**engine)
     name = engine.get("model", "demo")
-    with Status(f"loading {name} ..."), InterruptFlag(raises=True):
-        # Here because it imports the tokenizer library: flags are checked first, at once.
-        from nanovllm.model_files import find_model
+    with Status(f"loading {name} ..."):
+        with InterruptFlag(raise_at_end=True):
+            # Here because it imports torch: flags are checked first, at once.
+            from nanovllm import LLM
+            from nanovllm.model_files import find_model
 
         files = find_model(name)
-        llm = nanovllm.LLM(**(engine | {"model": str(files.directory)}))
+        llm = LLM(**(engine | {"model": str(files.directory)}))
     for note in llm.info.notes:
         say(note)
     return Session(llm, name, sampling_defaults(files.generation, wanted))

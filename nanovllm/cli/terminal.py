@@ -64,13 +64,13 @@ class Status:
 class InterruptFlag:
     """Ctrl-C within the block sets `is_set`, so that a step ends whole; a second one raises.
 
-    With `raises` the first one raises as well, and again at the end of the block if somebody's
-    code swallowed it, as imports of large libraries do.
+    With `raise_at_end` the first one raises when the block is over: for imports, as torch's may
+    swallow an interrupt, or abort the process when one comes at a bad moment.
     """
 
-    def __init__(self, *, raises: bool = False) -> None:
+    def __init__(self, *, raise_at_end: bool = False) -> None:
         self.is_set = False
-        self._raises = raises
+        self._raise_at_end = raise_at_end
         self._before: Any = None
 
     def __enter__(self) -> Self:
@@ -84,10 +84,10 @@ class InterruptFlag:
         traceback: TracebackType | None,
     ) -> None:
         signal.signal(signal.SIGINT, self._before)
-        if self._raises and self.is_set and kind is None:
+        if self._raise_at_end and self.is_set and kind is None:
             raise KeyboardInterrupt
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        again, self.is_set = self.is_set, True
-        if again or self._raises:
+        if self.is_set:
             raise KeyboardInterrupt
+        self.is_set = True

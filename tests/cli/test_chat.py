@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import io
 import json
 import os
@@ -202,12 +201,18 @@ def test_the_prompt_stays_out_of_redirected_answers(
     assert tuple(capsys.readouterr()) == ("", "> . ")
 
 
-def test_an_interrupt_that_was_swallowed_counts() -> None:
-    with pytest.raises(KeyboardInterrupt), terminal.InterruptFlag(raises=True):
-        with contextlib.suppress(KeyboardInterrupt):
+def test_an_interrupt_of_an_import_comes_after_it() -> None:
+    done = []
+
+    def block() -> None:
+        with terminal.InterruptFlag(raise_at_end=True):
             signal.raise_signal(signal.SIGINT)
-        swallowed = True
-    assert swallowed
+            done.append("whole")
+        done.append("after")
+
+    with pytest.raises(KeyboardInterrupt):
+        block()
+    assert done == ["whole"]
 
 
 def test_the_first_interrupt_waits_and_the_second_does_not() -> None:
