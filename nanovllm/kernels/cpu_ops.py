@@ -11,8 +11,10 @@ D head dim, B blocks, P slots a block.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -47,14 +49,31 @@ _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
 def load(num_threads: int | None = None) -> CpuOps | str:
     """The operators, or the reason in words why there are none here.
 
-    Compiles at the first use on a machine (seconds), later loads what was compiled. num_threads
-    is by default torch.get_num_threads(); it holds for the whole process, the last call wins.
+    Compiles at the first use on a machine (seconds), later loads what was compiled. The first
+    call of a process settles the number of threads, by default torch.get_num_threads(); a later
+    call changes it for the whole process only if it names one. Results do not depend on it.
     """
     library = _library()
     if isinstance(library, str):
         return library
-    library.nanovllm_start(num_threads or torch.get_num_threads())
+    if num_threads is not None:
+        library.nanovllm_start(num_threads)
     return CpuOps(library)
+
+
+@contextlib.contextmanager
+def one_torch_thread() -> Iterator[None]:
+    """Torch's own operators run on the caller's thread alone inside.
+
+    After a parallel operator torch's threads spin for some milliseconds in wait of the next one,
+    on the processors that the kernels' threads need. So a step runs inside this.
+    """
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(num_threads)
 
 
 @functools.cache
@@ -66,6 +85,7 @@ def _library() -> ctypes.CDLL | str:
     for name, (result, arguments) in _SIGNATURES.items():
         function = getattr(library, f"nanovllm_{name}")
         function.restype, function.argtypes = result, arguments
+    library.nanovllm_start(torch.get_num_threads())
     return library
 
 
@@ -184,7 +204,7 @@ class CpuOps:
         m, k = rows.shape
         if k != w.k or x.dtype is not w.dtype or rows.stride(1) != 1:
             raise ValueError(f"linear: x is {_describe(x)}, the weight [{w.n}, {w.k}] {w.dtype}")
-        out = torch.empty((m, w.n), dtype=x.dtype)
+        out = torch.empty(m, w.n, dtype=x.dtype)
         if bias is None:
             self._linear(w.handle, rows.data_ptr(), rows.stride(0), m, None, out.data_ptr())
         else:
@@ -210,11 +230,11 @@ class CpuOps:
         _check("rms_norm: weight", weight, (n,), x.dtype)
         if rows.stride(1) != 1:
             raise ValueError(f"rms_norm: the last dimension must be contiguous: {_describe(x)}")
-        out = torch.empty(x.shape, dtype=x.dtype)
+        out = torch.empty_like(rows)
         self._rms_norm(
             dtype, rows.data_ptr(), rows.stride(0), weight.data_ptr(), eps, m, n, out.data_ptr()
         )
-        return out
+        return out if x.dim() == 2 else out.view(x.shape)
 
     def add_rms_norm(self, x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Tensor:
         """residual += x in place (rounded to its dtype); returns rms_norm(residual)."""
@@ -223,7 +243,7 @@ class CpuOps:
         _check("add_rms_norm: x", x, x.shape, x.dtype)
         _check("add_rms_norm: residual", residual, x.shape, x.dtype)
         _check("add_rms_norm: weight", weight, (n,), x.dtype)
-        out = torch.empty(x.shape, dtype=x.dtype)
+        out = torch.empty_like(x)
         x_ptr, residual_ptr, weight_ptr = x.data_ptr(), residual.data_ptr(), weight.data_ptr()
         rows = x.numel() // n
         self._add_rms_norm(dtype, x_ptr, residual_ptr, weight_ptr, eps, rows, n, out.data_ptr())
@@ -279,7 +299,7 @@ class CpuOps:
         """[T, 2I] -> silu(gate) * up [T, I], where gate is the first half of a row."""
         _check("silu_mul: gate_up", gate_up, (gate_up.shape[0], gate_up.shape[-1]), gate_up.dtype)
         rows, width = gate_up.shape
-        out = torch.empty((rows, width // 2), dtype=gate_up.dtype)
+        out = torch.empty(rows, width // 2, dtype=gate_up.dtype)
         dtype = _dtype("silu_mul", gate_up)
         self._silu_mul(dtype, gate_up.data_ptr(), rows, width // 2, out.data_ptr())
         return out
@@ -333,7 +353,7 @@ class CpuOps:
                 f"attention: {num_heads} query heads over {cache.num_heads} KV heads, "
                 f"window {window}"
             )
-        out = torch.empty(q.shape, dtype=q.dtype)
+        out = torch.empty_like(q)  # dense: only the distance between tokens may be wider in q
         bad = self._attention(
             *(ctypes.addressof(cache), ctypes.addressof(batch)),
             *(q.data_ptr(), q.stride(0), num_heads, scale, window or 0, out.data_ptr()),
@@ -357,7 +377,7 @@ def _dtype(where: str, tensor: Tensor) -> int:
 
 
 def _check(what: str, tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> None:
-    if tensor.shape != shape or tensor.dtype is not dtype or not tensor.is_contiguous():
+    if tensor.dtype is not dtype or tensor.shape != shape or not tensor.is_contiguous():
         raise ValueError(f"{what} is {_describe(tensor)}, not contiguous {list(shape)} {dtype}")
 
 

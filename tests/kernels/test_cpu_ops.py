@@ -322,7 +322,15 @@ def test_bits_do_not_depend_on_the_number_of_threads():
     for num_threads in (1, 3):
         cpu_ops.load(num_threads)
         assert all(torch.equal(a, b) for a, b in zip(results(), default, strict=True))
-    cpu_ops.load()
+    cpu_ops.load(torch.get_num_threads())
+
+
+def test_one_torch_thread_ends_with_its_block():
+    before = torch.get_num_threads()
+    with pytest.raises(KeyError), cpu_ops.one_torch_thread():
+        assert torch.get_num_threads() == 1
+        raise KeyError
+    assert torch.get_num_threads() == before
 
 
 def test_two_threads_may_call_at_once():
