@@ -27,6 +27,7 @@ from nanovllm.kernels.cpu_ops import CpuOps
 ROTATE_BYTES = 256 << 20
 ROWS = (1, 4, 16, 32, 128, 512)
 BLOCK_SIZE = 16
+SETTLE_SECONDS = 0.02  # torch's threads spin for some milliseconds after they worked
 
 
 @dataclass(frozen=True)
@@ -69,6 +70,7 @@ class Result:
 
 
 def seconds(function: Callable[[], object]) -> float:
+    time.sleep(SETTLE_SECONDS)
     begin = time.perf_counter()
     function()
     return time.perf_counter() - begin
