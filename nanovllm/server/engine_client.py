@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
+import logging
 import socket
 import time
 from collections.abc import AsyncIterator, Callable
@@ -19,7 +20,7 @@ from typing import cast
 
 from nanovllm.engine.scheduler import SequenceUpdate
 from nanovllm.engine.sequence import Sequence
-from nanovllm.errors import InvalidRequestError, NanoVLLMError
+from nanovllm.errors import InvalidRequestError, NanoVLLMError, StepError
 from nanovllm.metrics.base import NullServerMetrics, ServerMetrics
 from nanovllm.outputs import Delta, RequestOutput
 from nanovllm.requests import RequestTracker
@@ -28,6 +29,7 @@ from nanovllm.server import messages
 from nanovllm.text.tokenizer import Tokenizer
 
 SILENT_SECONDS = 5.0
+logger = logging.getLogger("nanovllm.server")
 
 
 class EngineDeadError(NanoVLLMError):
@@ -286,8 +288,14 @@ class EngineClient(asyncio.Protocol):
         now = time.monotonic()
         for update in step.updates:
             request = self._requests.get(update.handle)
-            if request is not None:
+            if request is None:
+                continue
+            try:
                 self._update(request, update, now)
+            except Exception as error:  # one request's text is nobody else's trouble
+                logger.exception("request %d cannot go on", update.handle)
+                self._send(messages.Abort(update.handle))
+                self._drop(update.handle, StepError(f"{type(error).__name__}: {error}"))
 
     def _update(self, request: _Request, update: messages.Update, now: float) -> None:
         seq = request.sequences[update.index]
@@ -338,11 +346,21 @@ class EngineClient(asyncio.Protocol):
             self._tracker.forget(seq.request_id)
 
     def _refused(self, report: messages.Refused) -> None:
-        request = self._requests.pop(report.handle, None)
+        self._drop(report.handle, InvalidRequestError(report.message))
+
+    def _drop(self, handle: int, error: NanoVLLMError) -> None:
+        """Forgets a request that cannot go on, and tells its stream."""
+        request = self._requests.pop(handle, None)
         if request is None:
             return
         self.num_sequences -= request.num_unfinished
-        request.stream.fail(InvalidRequestError(report.message))
+        for seq in request.sequences:
+            if seq.finish_reason is None:
+                seq.finish_reason = "error"
+                with contextlib.suppress(Exception):  # its text is what failed, perhaps
+                    self._tracker.end(seq, "error")
+        self._tracker.forget(str(handle))
+        request.stream.fail(error)
 
 
 async def watch(

@@ -18,6 +18,7 @@ import torch
 
 from nanovllm.executor.inline import InlineExecutor
 from nanovllm.runner.sampler import Sampler
+from nanovllm.text.detokenizer import IncrementalDetokenizer
 
 from .live_server import Live, assert_error, make_tokenizer, request
 
@@ -236,6 +237,35 @@ def test_nan_logits_fail_their_request_alone(
     assert b'"finish_reason":"length"' in data
     assert b"error" not in data
     live.wait_until_idle()
+
+
+def test_a_text_that_cannot_be_made_fails_its_request_alone(
+    start: Callable[..., Live], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    live = start()
+    push = IncrementalDetokenizer.push
+    armed = threading.Event()
+
+    def fail_once(self: IncrementalDetokenizer, token_ids: Any) -> str:
+        if armed.is_set():
+            armed.clear()
+            raise RuntimeError("boom")
+        return push(self, token_ids)
+
+    with open_request(live, stream=True) as first:
+        first.recv(10)
+        monkeypatch.setattr(IncrementalDetokenizer, "push", fail_once)
+        armed.set()
+        status, _, answer = request(live.port, "POST", TEXT, LONG)
+        data = b""
+        while b"[DONE]" not in data:
+            data += first.recv(1 << 16)
+    # One of the two was hit, the other ended well.
+    assert [status == 500, b"engine_error" in data].count(True) == 1
+    if status == 500:
+        assert_error(answer, "engine_error")
+    live.wait_until_idle()
+    assert request(live.port, "POST", TEXT, LONG)[0] == 200
 
 
 # --- overload -------------------------------------------------------------------------------------
