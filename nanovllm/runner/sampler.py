@@ -248,7 +248,7 @@ def _unsure(probs: Tensor, params: list[SamplingParams]) -> list[int]:
         for i, p in enumerate(params)
         if not (0 < p.top_k <= size)
         and not (p.top_p < 1.0 and p.top_k <= 0 and mass[i] >= p.top_p)
-        and not (p.min_p > 0.0 and least[i] < p.min_p)
+        and not (p.min_p > 0.0 and least[i] < p.min_p and (p.top_k <= 0 or p.top_p == 1.0))
     ]
 
 

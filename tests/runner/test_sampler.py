@@ -69,6 +69,15 @@ def widened(p: SamplingParams) -> dict[str, float]:
     return {"top_p": min(1.0, p.top_p * (1 + 1e-5)), "min_p": p.min_p * (1 - 1e-5)}
 
 
+def test_a_share_of_more_tokens_than_are_looked_at_first() -> None:
+    """top-p is a share of what 700 tokens have, though min-p cuts after 460."""
+    logits = np.full(20_000, -5.3)
+    logits[:520] = np.arange(520) * -0.01
+    p = SamplingParams(top_k=700, top_p=0.9, min_p=0.01)
+    tokens = draw(logits, p, 200)
+    assert set(tokens) <= set(np.flatnonzero(distribution(logits, p)))
+
+
 def test_the_test_sees_a_wrong_distribution() -> None:
     logits = logits_of(40, 2.0)
     tokens = draw(logits, SamplingParams(temperature=1.1), DRAWS)
