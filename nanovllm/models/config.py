@@ -70,6 +70,9 @@ def read_rope(raw: Mapping[str, Any]) -> RopeConfig:
         raise UnsupportedModelError(
             f"rope type {rope_type!r} is not known; known: {', '.join(ROPE_TYPES)}"
         )
+    partial = scaling.get("partial_rotary_factor", raw.get("partial_rotary_factor")) or 1.0
+    if partial != 1.0:
+        raise UnsupportedModelError(f"partial_rotary_factor {partial} is not known; known: 1.0")
     theta = scaling.get("rope_theta", raw.get("rope_theta", 10000.0))
     original = scaling.get("original_max_position_embeddings") or raw["max_position_embeddings"]
     factor = scaling.get("factor") or raw["max_position_embeddings"] / original
@@ -103,7 +106,7 @@ def _mscale(factor: float, mscale: float) -> float:
 
 def windows_of_layers(raw: Mapping[str, Any]) -> tuple[int | None, ...]:
     """Qwen's way to say which layers slide: layer_types, or max_window_layers for older files."""
-    num_layers = raw["num_hidden_layers"]
+    num_layers = raw.get("num_hidden_layers", 0)  # missed by `read_common`
     window = raw.get("sliding_window") if raw.get("use_sliding_window") else None
     types = raw.get("layer_types")
     if types is None:

@@ -75,3 +75,17 @@ def test_logprobs_are_those_of_the_cpu(directory):
             assert [*ours] == [*theirs]
             for token, entry in ours.items():
                 assert entry.logprob == pytest.approx(theirs[token].logprob, abs=1e-3)
+
+
+@pytest.mark.parametrize("prompts", [PROMPTS, PROMPTS[3:4]])
+def test_bfloat16_logprobs_are_near_those_of_float32(prompts, directory):
+    model = make_model(directory / "bfloat16", "qwen3", head_dim=64)
+    params = SamplingParams(temperature=0.0, max_tokens=1, logprobs=1, prompt_logprobs=0)
+    found = []
+    for dtype in ("float32", "bfloat16"):
+        with LLM(str(model), **(OPTIONS | {"dtype": dtype, "device": "cuda"})) as llm:
+            found.append(llm.generate(prompts, params, use_tqdm=False))
+    for wide, narrow in zip(*found, strict=True):
+        for ours, theirs in zip(narrow.prompt_logprobs[1:], wide.prompt_logprobs[1:], strict=True):
+            for token, entry in ours.items():
+                assert entry.logprob == pytest.approx(theirs[token].logprob, abs=0.15)
