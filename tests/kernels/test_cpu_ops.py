@@ -225,11 +225,23 @@ def test_attention_bits_depend_on_the_context(dtype, heads, kv_heads, dim, block
             assert torch.equal(alone, out[start : start + count])
 
 
-def test_long_context_in_one_row():
-    paged = Paged([(1, 4099), (3, 2000)], 3, 3, 64, 16, torch.float32)
-    out = paged.attend(None)
-    for i in range(2):
-        close(out[paged.cu[i] : paged.cu[i + 1]], paged.expected(i, None))
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("window", [None, 700])
+def test_long_contexts_are_shared_out_without_a_trace(dtype, window):
+    """One row of one KV head is cut along its context; in a batch it is not."""
+    lens = [(1, 4099), (40, 1500), (1, 513), (200, 1025)]
+    paged = Paged(lens, 4, 1, 64, 16, dtype)
+    out = paged.attend(window)
+    for i, (new, context) in enumerate(lens):
+        extra = 2**-8 if dtype is torch.bfloat16 else 0.0
+        close(out[paged.cu[i] : paged.cu[i + 1]], paged.expected(i, window), extra)
+        for first in {0, new // 2, new - 1}:
+            row = int(paged.cu[i]) + first
+            cu = torch.tensor([0, 1], dtype=torch.int32)
+            seen = torch.tensor([context - new + first + 1], dtype=torch.int32)
+            table, q = paged.tables[i : i + 1], paged.q[row : row + 1]
+            alone = OPS.attention(q, paged.cache, table, cu, seen, paged.scale, window)
+            assert torch.equal(alone, out[row : row + 1])
 
 
 def test_cache_view_with_strided_blocks():

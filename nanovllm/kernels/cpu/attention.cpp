@@ -1,9 +1,11 @@
 // Paged causal attention and the writes into its cache.
 //
 // A work unit is some query tokens of one sequence with all query heads of one KV head. It walks
-// the keys in tiles that begin at multiples of kKeys, with a running maximum and sum per row
-// (online softmax: Milakov and Gimelshein, arXiv:1805.02867). Tiles lie at fixed positions and a
-// tile without a visible key changes nothing, so a query's result depends on its context alone.
+// the keys in tiles of kKeys with a running maximum and sum per row (online softmax: Milakov and
+// Gimelshein, arXiv:1805.02867), anew in every span of kSpan keys; the spans of a row are merged in
+// their order. Where there are too few units for the threads, spans are work units of their own.
+// Tiles and spans lie at fixed positions, and one without a visible key changes nothing, so a
+// query's result depends on its context alone.
 #include <algorithm>
 #include <vector>
 
@@ -14,6 +16,7 @@ namespace nanovllm {
 namespace {
 
 constexpr int kKeys = kTileVectors * kLanes;  // keys of a tile
+constexpr long kSpan = 512;                   // keys; a multiple of kKeys
 constexpr int kUnitRows = 192;                // rows (token, query head) that share packed keys
 constexpr float kLowest = -1e30f;             // below any score, and finite: its differences are too
 constexpr long kSmallWork = 1 << 16;          // multiply-adds not worth a second thread
@@ -43,6 +46,51 @@ struct Batch {
   long num_tokens;
 };
 
+// What some rows have seen of some keys: values times e^(score - highest), and the sum of those
+// weights.
+struct State {
+  float* sums;  // [rows][row]
+  float* highest;
+  float* total;
+  long rows, row;
+
+  State(float* memory, long rows, long row)
+      : sums(memory),
+        highest(memory + rows * row),
+        total(highest + rows),
+        rows(rows),
+        row(row) {}
+
+  static long size(long rows, long row) { return rows * (row + 2); }
+
+  void clear() {
+    std::fill(sums, highest, 0.0f);
+    std::fill(highest, total, kLowest);
+    std::fill(total, total + rows, 0.0f);
+  }
+
+  void scale(long r, float factor) {
+    for (long i = r * row; i < (r + 1) * row; i += kLanes) {
+      store(sums + i, load(sums + i) * splat(factor));
+    }
+    total[r] *= factor;
+  }
+
+  // Takes in what the same rows have seen of later keys.
+  void merge(const State& later) {
+    for (long r = 0; r < rows; r++) {
+      float top = std::max(highest[r], later.highest[r]);
+      scale(r, exp(splat(highest[r] - top))[0]);
+      float factor = exp(splat(later.highest[r] - top))[0];
+      for (long i = r * row; i < (r + 1) * row; i += kLanes) {
+        store(sums + i, load(sums + i) + load(later.sums + i) * splat(factor));
+      }
+      total[r] += later.total[r] * factor;
+      highest[r] = top;
+    }
+  }
+};
+
 template <class Kind>
 struct Attention {
   using Element = typename Kind::Element;
@@ -65,22 +113,57 @@ struct Attention {
   long vectors = (cache.dim + kLanes - 1) / kLanes;
   long padded = vectors * kLanes;
   long query_row = panel_row<Kind>(cache.dim);
+  std::vector<Unit> units = {};
+  long most_spans = 1;
 
   void run() {
-    std::vector<Unit> units;
-    long work = 0;
-    long tokens = std::max(1L, kUnitRows / group);
+    long work = make_units();
+    int count = static_cast<int>(units.size() * cache.num_heads);
+    auto attend = [&](int i) { Tile(*this, units[i / cache.num_heads], i % cache.num_heads).run(); };
+    if (work < kSmallWork) {
+      for (int i = 0; i < count; i++) attend(i);
+    } else if (count < 2 * num_threads() && most_spans > 1) {
+      run_spans(count);
+    } else {
+      parallel_for(count, attend);
+    }
+  }
+
+  // Returns the number of multiply-adds, roughly.
+  long make_units() {
+    long work = 0, tokens = std::max(1L, kUnitRows / group);
     for (int seq = 0; seq < batch.num_seqs; seq++) {
       int len = batch.cu_q_lens[seq + 1] - batch.cu_q_lens[seq];
       for (long end = len; end > 0; end -= tokens) {
         units.push_back({seq, static_cast<int>(std::max(0L, end - tokens)), static_cast<int>(end)});
       }
+      most_spans = std::max(most_spans, (batch.context_lens[seq] + kSpan - 1) / kSpan);
       work += static_cast<long>(len) * batch.context_lens[seq] * num_heads * cache.dim;
     }
-    int count = static_cast<int>(units.size() * cache.num_heads);
-    auto attend = [&](int i) { Tile(*this, units[i / cache.num_heads], i % cache.num_heads).run(); };
-    if (work >= kSmallWork) return parallel_for(count, attend);
-    for (int i = 0; i < count; i++) attend(i);
+    return work;
+  }
+
+  // Every span of every unit by itself, then the merging.
+  void run_spans(int count) {
+    long rows = 0;
+    for (const Unit& unit : units) rows = std::max(rows, (unit.end - unit.begin) * group);
+    long size = State::size(rows, padded);
+    long bytes = count * most_spans * size * sizeof(float);
+    float* memory = static_cast<float*>(scratch(Slot::kActivations, bytes));
+    auto tile = [&](int i) { return Tile(*this, units[i / cache.num_heads], i % cache.num_heads); };
+    parallel_for(static_cast<int>(count * most_spans), [&](int i) {
+      Tile t = tile(i / most_spans);
+      t.see(i % most_spans, State(memory + i * size, t.panels.rows, padded));
+    });
+    for (int i = 0; i < count; i++) {
+      Tile t = tile(i);
+      auto part = [&](long span) {
+        return State(memory + (i * most_spans + span) * size, t.panels.rows, padded);
+      };
+      State state = part(t.first_span());
+      for (long span = t.first_span() + 1; span < t.end_span(); span++) state.merge(part(span));
+      t.finish(state);
+    }
   }
 
   alignas(64) static constexpr Element zeros[256] = {};
@@ -97,19 +180,16 @@ struct Attention {
     char* keys;
     char* values;
     float* scores;  // one panel
-    float* sums;    // [rows][padded]: values times weights
-    float* highest;
-    float* total;
+    float* seen;    // two States
+    long end;       // of the keys that its last row sees
 
     Tile(const Attention& a, Unit unit, long head)
         : a(a), unit(unit), head(head), panels((unit.end - unit.begin) * a.group) {
       int len = a.batch.cu_q_lens[unit.seq + 1] - a.batch.cu_q_lens[unit.seq];
       first_position = a.batch.context_lens[unit.seq] - len + unit.begin;
+      end = position(panels.rows - 1) + 1;
       carve();
       load_queries();
-      std::fill(sums, sums + panels.rows * a.padded, 0.0f);
-      std::fill(highest, highest + panels.rows, kLowest);
-      std::fill(total, total + panels.rows, 0.0f);
     }
 
     void carve() {
@@ -118,22 +198,19 @@ struct Attention {
                       num_steps<Kind>(a.cache.dim) * kTileVectors * Kind::kBytes,
                       num_steps<Kind>(kKeys) * a.vectors * Kind::kBytes,
                       kTileRows * kKeys * 4L,
-                      panels.rows * a.padded * 4,
-                      panels.rows * 4,
-                      panels.rows * 4};
-      char* parts[8];
+                      2 * State::size(panels.rows, a.padded) * 4};
+      constexpr int kParts = sizeof bytes / sizeof *bytes;
+      char* parts[kParts];
       long offset = 0;
       for (long& size : bytes) offset += size = (size + 63) / 64 * 64;
       char* next = static_cast<char*>(scratch(Slot::kTile, offset));
-      for (int i = 0; i < 8; next += bytes[i++]) parts[i] = next;
+      for (int i = 0; i < kParts; next += bytes[i++]) parts[i] = next;
       queries = reinterpret_cast<Act*>(parts[0]);
       weights = reinterpret_cast<Act*>(parts[1]);
       keys = parts[2];
       values = parts[3];
       scores = reinterpret_cast<float*>(parts[4]);
-      sums = reinterpret_cast<float*>(parts[5]);
-      highest = reinterpret_cast<float*>(parts[6]);
-      total = reinterpret_cast<float*>(parts[7]);
+      seen = reinterpret_cast<float*>(parts[5]);
     }
 
     long position(long row) const { return first_position + row / a.group; }
@@ -156,29 +233,44 @@ struct Attention {
       }
     }
 
+    long first_span() const { return first_key(0) / kSpan; }
+    long end_span() const { return (end + kSpan - 1) / kSpan; }
+
     void run() {
-      const Element* rows[2][kKeys];
-      long end = position(panels.rows - 1) + 1;
-      long key = first_key(0) / kKeys * kKeys;
-      locate(key, end, rows[0]);
-      for (int now = 0; key < end; key += kKeys, now = 1 - now) {
-        locate(key + kKeys, end, rows[1 - now]);
-        pack_tile(rows[now], rows[1 - now]);
-        for (long p = 0; p < panels.count; p++) {
-          if (position(panels.first(p + 1) - 1) >= key) attend(p, key);
-        }
+      State state(seen, panels.rows, a.padded);
+      State part(seen + State::size(panels.rows, a.padded), panels.rows, a.padded);
+      see(first_span(), state);
+      for (long span = first_span() + 1; span < end_span(); span++) {
+        see(span, part);
+        state.merge(part);
       }
-      for (long row = 0; row < panels.rows; row++) finish(row);
+      finish(state);
     }
 
-    // Where the keys [key, key + kKeys) lie; `zeros` from `end` on, where slots may hold anything.
-    void locate(long key, long end, const Element** rows) const {
+    // All rows over the keys of one span that any of them sees.
+    void see(long span, State state) {
+      const Element* rows[2][kKeys];
+      long key = std::max(first_key(0) / kKeys * kKeys, span * kSpan);
+      long span_end = std::min(end, (span + 1) * kSpan);
+      state.clear();
+      locate(key, span_end, rows[0]);
+      for (int now = 0; key < span_end; key += kKeys, now = 1 - now) {
+        locate(key + kKeys, span_end, rows[1 - now]);
+        pack_tile(rows[now], rows[1 - now]);
+        for (long p = 0; p < panels.count; p++) {
+          if (position(panels.first(p + 1) - 1) >= key) attend(p, key, state);
+        }
+      }
+    }
+
+    // Where the keys [key, key + kKeys) lie; `zeros` from `limit` on, where slots may hold anything.
+    void locate(long key, long limit, const Element** rows) const {
       const Element* base = static_cast<const Element*>(a.cache.data);
       const int32_t* block = a.batch.block_tables + unit.seq * a.batch.table_row;
       block += key / a.cache.block_size;
       long offset = key % a.cache.block_size;
       for (int i = 0; i < kKeys; i++) {
-        rows[i] = key + i < end ? base + a.cache.slot(*block, head, offset) : zeros;
+        rows[i] = key + i < limit ? base + a.cache.slot(*block, head, offset) : zeros;
         if (++offset == a.cache.block_size) {
           offset = 0;
           block++;
@@ -213,16 +305,16 @@ struct Attention {
       }
     }
 
-    void attend(long p, long key) {
+    void attend(long p, long key, State state) {
       int rows = panels.size(p);
       long first = panels.first(p);
       tile_rows<Kind, kTileVectors>(rows, {queries + first * a.query_row,
                                            {keys, kTileVectors * Kind::kBytes, Kind::kBytes},
                                            num_steps<Kind>(a.cache.dim), scores, kKeys, true});
-      for (int r = 0; r < rows; r++) soften(first + r, key, scores + r * kKeys, weights + r * kSlab);
+      for (int r = 0; r < rows; r++) soften(first + r, key, r, state);
       long step = a.vectors * Kind::kBytes;
       Product<Kind> product{weights, {values, step, Kind::kBytes}, num_steps<Kind>(kKeys),
-                            sums + first * a.padded, a.padded, false};
+                            state.sums + first * a.padded, a.padded, false};
       long vector = 0;
       for (; vector + kTileVectors <= a.vectors; vector += kTileVectors) {
         tile_rows<Kind, kTileVectors>(rows, product);
@@ -236,23 +328,20 @@ struct Attention {
       }
     }
 
-    // Scores of one row -> e^(score - highest); rescales what the row had summed before.
-    void soften(long row, long key, const float* score, Act* weight) {
+    // Scores of row r of the panel -> e^(score - highest); rescales what the row had summed before.
+    void soften(long row, long key, int r, State state) {
+      const float* score = scores + r * kKeys;
+      Act* weight = weights + r * kSlab;
       Vec s[kTileVectors];
       Vec tops = splat(kLowest);
       for (int v = 0; v < kTileVectors; v++) {
         s[v] = masked(row, key + v * kLanes, load(score + v * kLanes) * splat(a.scale));
         tops = max(s[v], tops);
       }
-      float top = std::max(highest[row], largest(tops));
-      if (top > highest[row]) {
-        Vec factor = splat(exp(splat(highest[row] - top))[0]);
-        float* row_sums = sums + row * a.padded;
-        for (long i = 0; i < a.padded; i += kLanes) {
-          store(row_sums + i, load(row_sums + i) * factor);
-        }
-        total[row] *= factor[0];
-        highest[row] = top;
+      float before = state.highest[row], top = std::max(before, largest(tops));
+      if (top > before) {
+        state.scale(row, exp(splat(before - top))[0]);
+        state.highest[row] = top;
       }
       Vec tile_total{};
       for (int v = 0; v < kTileVectors; v++) {
@@ -260,7 +349,7 @@ struct Attention {
         tile_total += e;
         store_weight(weight, v * kLanes, e);
       }
-      total[row] += sum(tile_total);
+      state.total[row] += sum(tile_total);
     }
 
     static void store_weight(float* weight, int i, Vec e) { store(weight + i, e); }
@@ -278,12 +367,14 @@ struct Attention {
       return seen ? score : splat(-INFINITY);
     }
 
-    void finish(long row) {
-      Element* to = a.out + row_offset(row, a.num_heads * a.cache.dim);
-      Vec inverse = splat(1.0f / total[row]);
-      for (long d = 0; d < a.cache.dim; d += kLanes) {
-        int count = static_cast<int>(std::min<long>(kLanes, a.cache.dim - d));
-        store_part(to + d, load(sums + row * a.padded + d) * inverse, count);
+    void finish(State state) {
+      for (long row = 0; row < panels.rows; row++) {
+        Element* to = a.out + row_offset(row, a.num_heads * a.cache.dim);
+        Vec inverse = splat(1.0f / state.total[row]);
+        for (long d = 0; d < a.cache.dim; d += kLanes) {
+          int count = static_cast<int>(std::min<long>(kLanes, a.cache.dim - d));
+          store_part(to + d, load(state.sums + row * a.padded + d) * inverse, count);
+        }
       }
     }
   };
