@@ -1,0 +1,1 @@
+"""Makes the two models inside the package: data, tokenizer, training, evaluation, export."""
