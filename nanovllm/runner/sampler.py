@@ -26,6 +26,8 @@ from nanovllm.sampling_params import SamplingParams
 # Rows with top-k or top-p look at this many candidates first, and sort the whole vocabulary only
 # if these do not hold the mass that was asked for.
 NUM_CANDIDATES = 512
+# Colder than this is not greedier, but divides logits to infinity.
+MIN_TEMPERATURE = 1e-6
 # The cumulative sum goes in two levels: over tiles, then inside one.
 TILE = 256
 
@@ -171,7 +173,8 @@ def _splitmix64(z: NDArray[np.uint64]) -> NDArray[np.uint64]:
 
 
 def _temperatures(params: list[SamplingParams], device: torch.device) -> Tensor:
-    return torch.tensor([[p.temperature] for p in params], dtype=torch.float32, device=device)
+    values = [[max(p.temperature, MIN_TEMPERATURE)] for p in params]
+    return torch.tensor(values, dtype=torch.float32, device=device)
 
 
 def _sample_plain(
@@ -235,6 +238,7 @@ def _cut(probs: Tensor, params: list[SamplingParams]) -> Tensor:
     # top-p is a share of what top-k left
     all_k = torch.where(torch.tensor(limited, device=device)[:, None], mass[:, -1:], 1.0)
     kept = torch.where(mass - kept < top_p * all_k, kept, 0.0)
+    kept[:, 0] = probs[:, 0]  # the most likely one stays, even if the share rounds to nothing
     return torch.where(probs >= min_p * probs[:, :1], kept, 0.0)
 
 

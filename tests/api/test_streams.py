@@ -158,6 +158,41 @@ def test_two_streams_at_once(llm: LLM) -> None:
         assert joined(got, 0) == joined(expected, 0)
 
 
+def test_calls_and_queued_requests_mix(llm: LLM) -> None:
+    """generate() advances what was queued before it; step() reports that afterwards."""
+    name = llm.add_request("queued", SEEDED)
+    expected = llm.generate("queued", SEEDED, use_tqdm=False).token_ids
+    llm.generate(["x"] * 3, SEEDED, use_tqdm=False)
+    assert not llm.is_finished()
+    (output,) = llm.step()
+    assert (output.request_id, output.token_ids, output.finished) == (name, expected, True)
+    assert llm.is_finished()
+    assert llm.step() == []
+
+
+def test_abort_from_outside_ends_a_stream(llm: LLM) -> None:
+    stream = llm.stream("Hello", SEEDED)
+    first = next(stream)
+    llm.abort(first.request_id)
+    rest = list(stream)
+    assert rest[-1].finish_reason == "abort"
+    assert llm.is_finished()
+
+
+def test_bad_words_never_appear(llm: LLM) -> None:
+    params = SamplingParams(seed=3, max_tokens=60, ignore_eos=True, temperature=0.8)
+    text = llm.generate("Hello", params, use_tqdm=False).text
+    letters = {letter for letter in text if letter.isascii() and letter.isalpha()}
+    words = sorted(letters)[:5]
+    tame = SamplingParams(seed=3, max_tokens=60, ignore_eos=True, temperature=0.8, bad_words=words)
+    forbidden = {ids for word in words for ids in llm.tokenizer.spellings(word)}
+    token_ids = llm.generate("Hello", tame, use_tqdm=False).token_ids
+    for length in {len(ids) for ids in forbidden}:
+        windows = {tuple(token_ids[i : i + length]) for i in range(len(token_ids))}
+        assert not windows & forbidden
+    assert len(words) == 5
+
+
 @pytest.mark.parametrize("num_steps", range(7))
 def test_abort_in_every_state(text_model: Path, num_steps: int) -> None:
     """Waiting, in the middle of a chunked prompt, decoding with plans in flight, finished."""

@@ -46,8 +46,7 @@ def adjusted(
 
 def distribution(logits: Floats, p: SamplingParams) -> Floats:
     """Probabilities after temperature, top-k, top-p and min-p."""
-    scaled = logits / p.temperature
-    probs = np.exp(scaled - scaled.max())
+    probs = np.exp((logits - logits.max()) / max(p.temperature, 1e-9))
     probs /= probs.sum()
     order = np.argsort(-probs, kind="stable")
     kept = np.ones(len(probs), bool)
@@ -56,7 +55,7 @@ def distribution(logits: Floats, p: SamplingParams) -> Floats:
     probs_k = np.where(kept, probs, 0.0)
     probs_k /= probs_k.sum()
     before = np.cumsum(probs_k[order]) - probs_k[order]
-    kept[order[before >= p.top_p]] = False
+    kept[order[1:][before[1:] >= p.top_p]] = False
     kept &= probs >= p.min_p * probs.max()
     result: Floats = np.where(kept, probs, 0.0)
     return result / result.sum()
