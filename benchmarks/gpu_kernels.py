@@ -233,7 +233,7 @@ def bench_step(name: str) -> None:
         * 2
     )
     weights += model.lm_head.numel() * 2
-    for num_seqs in (1, 8, 32, 64, 128, 256):
+    for num_seqs in (1, 2, 4, 8, 32, 64, 128, 256):
         batch, keys = fake_batch(num_seqs, slots, 900, num_blocks)
         ids = torch.randint(0, VOCAB, (num_seqs,), device=CUDA)
         row_floats = torch.ones(num_seqs, device=CUDA)
@@ -242,7 +242,10 @@ def bench_step(name: str) -> None:
                                     row_floats * 0)  # fmt: skip
         workspace = sampling.Workspace(num_seqs, VOCAB, CUDA)
         failed = torch.zeros(num_seqs, dtype=torch.bool, device=CUDA)
-        for pdl in (False, True):
+        for pdl, prefetch in ((0, False), (1, False), (2, False), (1, True), (2, True)):
+            if num_seqs > 32 and pdl == 2:
+                continue
+            attention.PREFETCH = prefetch
             forward = GpuForward(model, attend, pdl=pdl)
 
             def run(forward=forward, ids=ids, batch=batch, params=params, workspace=workspace,
@@ -254,7 +257,7 @@ def bench_step(name: str) -> None:
                 micros = tried(graph_time, run, 1)
             if micros:
                 kv = keys * c.num_layers * c.num_kv_heads * 128 * 4
-                report("step", micros, weights + kv, model=name, M=num_seqs, pdl=pdl,
+                report("step", micros, weights + kv, model=name, M=num_seqs, pdl=pdl, prefetch=prefetch,
                        tok_s=round(num_seqs * 1e6 / micros))  # fmt: skip
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -98,6 +99,7 @@ def build_engine(config: EngineConfig, tracer: Tracer | None = None) -> Engine:
     tokenizer = None if config.skip_tokenizer_init else files.tokenizer()
     block_size = config.block_size or DEFAULT_BLOCK_SIZE[choose_device(config.device).type]
     platform = choose_platform(config, decoder, block_size, files.config)
+    ready = _start_compiling(config, decoder, platform, block_size)
     model = _load(config, decoder, platform, files.directory)
     cache = fit_cache(
         config,
@@ -109,6 +111,7 @@ def build_engine(config: EngineConfig, tracer: Tracer | None = None) -> Engine:
     )
     num_seqs, num_tokens, notes = _step_limits(config, cache, platform.device)
     model.finish_loading(platform.device, cache.max_model_len)
+    ready()
     runner = _runner(
         config, model, platform, cache, block_size, num_seqs, num_tokens, files, tokenizer
     )
@@ -220,6 +223,23 @@ def _load(
             "a smaller model, dtype='bfloat16' or a larger device would help"
         ) from None
     return model
+
+
+def _start_compiling(
+    config: EngineConfig, decoder: DecoderConfig, platform: Platform, block_size: int
+) -> Callable[[], None]:
+    """Starts what can run while the weights are read; the result waits for it."""
+    if not isinstance(platform.attention, TritonAttention):
+        return lambda: None
+    from nanovllm.runner.gpu_warmup import KernelWarmUp  # needs triton
+
+    return KernelWarmUp(
+        decoder,
+        dtype=platform.dtype,
+        device=platform.device,
+        block_size=block_size,
+        max_model_len=config.max_model_len or decoder.max_position,
+    ).wait
 
 
 def _step_limits(

@@ -19,6 +19,18 @@ def bucket_of(num_rows: int) -> int:
     return -(-num_rows // BUCKET_STEP) * BUCKET_STEP
 
 
+# Tokens that a captured step of longer rows may have; more keep the GPU busy without a graph.
+TOKEN_BUCKETS = (16, 32, 64, 96, 128, 192, 256, 384, 512, 640, 768, 1024, 1280, 1536, 2048)
+MAX_ROWS_WITH_TOKENS = 4  # more rows have too many combinations to be met again
+
+
+def token_bucket_of(num_tokens: int, num_rows: int) -> tuple[int, int] | None:
+    """(tokens, rows) of the graph for a step in which some row has several tokens, if any."""
+    if num_tokens <= num_rows or num_tokens > TOKEN_BUCKETS[-1] or num_rows > MAX_ROWS_WITH_TOKENS:
+        return None
+    return next(size for size in TOKEN_BUCKETS if num_tokens <= size), bucket_of(num_rows)
+
+
 class GraphCache:
     """All graphs share one memory pool: they run one after another on one stream.
 

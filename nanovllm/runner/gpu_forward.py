@@ -1,6 +1,6 @@
 """A decoder's forward pass on a GPU, with our fused kernels in place of single operators.
 
-Batches of single tokens take five launches a layer up to MAX_ROWS rows, and cuBLAS for the
+Batches of single tokens take five launches a layer up to `max_rows` rows, and cuBLAS for the
 products above; longer ones rotate and store in one kernel and attend over the cache. The result
 is that of `Decoder.forward` up to rounding. All lengths are read on the device, so a batch of
 single tokens can be captured in a CUDA graph.
@@ -60,20 +60,21 @@ class GpuForward:
     pdl: launch each fused kernel before the last one ends (compute capability 9.0).
     """
 
-    def __init__(self, model: Decoder, attention: TritonAttention, *, pdl: bool) -> None:
+    def __init__(self, model: Decoder, attention: TritonAttention, *, pdl: int) -> None:
         self.config = model.config
         self._embed, self._lm_head = model.embed, model.lm_head
         self._final_norm, self._cos_sin = model.final_norm, model.cos_sin
         self._layers = [_Layer.of(block) for block in model.blocks]
         self._attention = attention
         self._pdl = pdl
+        self._max_few = linear_kernels.max_rows(model.config.hidden_size)
         self._plain_mlp = all(layer.gate_up_bias is None for layer in self._layers)
 
     def hidden(self, token_ids: Tensor, batch: AttentionBatch, kv_cache: Tensor) -> Tensor:
         """[T] token ids -> [T, hidden] before the final norm; kv_cache is read and written."""
         residual = F.embedding(token_ids, self._embed)
         single = batch.max_q_len == 1
-        few = single and self._plain_mlp and len(token_ids) <= linear_kernels.MAX_ROWS
+        few = single and self._plain_mlp and len(token_ids) <= self._max_few
         layer_step = self._few_rows if few else self._many_rows
         for index, layer in enumerate(self._layers):
             layer_step(layer, residual, batch, kv_cache[index], self.config.sliding_windows[index])
@@ -82,7 +83,7 @@ class GpuForward:
     def logits(self, residual: Tensor) -> Tensor:
         """[S, hidden] before the final norm -> [S, vocabulary] in the model's dtype."""
         eps = self.config.rms_norm_eps
-        if len(residual) <= linear_kernels.MAX_ROWS:
+        if len(residual) <= self._max_few:
             out = residual.new_empty((len(residual), len(self._lm_head)))
             return linear_kernels.linear(
                 residual, self._lm_head, out, norm=self._final_norm, eps=eps, pdl=self._pdl

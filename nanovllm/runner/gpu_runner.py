@@ -20,8 +20,8 @@ from torch import Tensor
 from nanovllm.attention.base import AttentionBatch
 from nanovllm.engine.plan import NewRow, RowResult, StepPlan, StepResult, TokenLogprobs
 from nanovllm.kernels.gpu import sampling
-from nanovllm.kernels.gpu.prepare import prepare
-from nanovllm.runner.cuda_graph import GraphCache, bucket_of
+from nanovllm.kernels.gpu.prepare import gather_tokens, prepare
+from nanovllm.runner.cuda_graph import TOKEN_BUCKETS, GraphCache, bucket_of, token_bucket_of
 from nanovllm.runner.gpu_forward import GpuForward
 from nanovllm.runner.gpu_staging import Download, Downloader, Uploader
 from nanovllm.runner.model_runner import ModelRunner
@@ -71,6 +71,28 @@ class RowSampling:
 
 
 @dataclass(slots=True)
+class _Inputs:
+    """Device views of one upload; lines are the rows that sample, in order, -1 for padding."""
+
+    batch: AttentionBatch
+    token_rows: Tensor  # [T] int32
+    rows: Tensor  # [S] int32
+    columns: Tensor  # [1] int32: of the packed block tables
+    last: Tensor  # [L] int64: index into T of each line's last token
+    lines: Tensor  # [L] int32
+    params: sampling.RowParams  # [L]
+
+
+def _padded(values: NDArray[Any], size: int, fill: int) -> NDArray[Any]:
+    """values at the front of an array of `size`."""
+    if len(values) == size:
+        return values
+    out = np.full(size, fill, values.dtype)
+    out[: len(values)] = values
+    return out
+
+
+@dataclass(slots=True)
 class GpuPending:
     """A step that was launched; `wait` blocks until its tokens are on the host."""
 
@@ -117,7 +139,7 @@ class GpuModelRunner(ModelRunner):
         num_rows, columns = self.rows.block_tables.shape
         size = bucket_of(num_rows)
         self._sampling = RowSampling(num_rows)
-        words = max(HEADER + size * (WORDS_PER_ROW + columns), 5 * max_tokens + size * columns)
+        words = 5 * max(max_tokens, TOKEN_BUCKETS[-1]) + size * (WORDS_PER_ROW + columns)
         self._uploader = Uploader(words + 16 * size + 64, self.device)
         self._downloader = Downloader(2 * size)
         self._graphs = GraphCache() if use_graphs else None
@@ -217,28 +239,79 @@ class GpuModelRunner(ModelRunner):
     def _any_tokens(self, plan: StepPlan, ids: NDArray[np.int64]) -> GpuPending:
         q_lens = np.array([step.num_tokens for step in plan.rows], np.int64)
         samples = np.array([step.sample for step in plan.rows], bool)
-        token_ids, batch, last, params, lines = self._upload_any(ids, q_lens, samples)
-        residual = self._forward.hidden(token_ids, batch, self.kv_cache)
-        special = self._sampling.special[ids].any()
+        special = bool(self._sampling.special[ids].any())
+        bucket = token_bucket_of(int(q_lens.sum()), len(ids))
+        if self._graphs is not None and bucket is not None and not special:
+            return self._captured_tokens(plan, ids, q_lens, samples, *bucket)
+        inputs = self._upload_any(ids, q_lens, samples, int(q_lens.sum()), len(ids))
+        residual = self._forward.hidden(self._gather(inputs), inputs.batch, self.kv_cache)
         prompt = {}
         if special:
             prompt = dict(self._prompt_logprobs(plan, self._forward.final_norm(residual)))
-        sampling_rows = ids[samples]
-        if not len(sampling_rows):
+        if not samples.any():
             return GpuPending(plan, None, 0, {}, prompt)
-        logits = self._forward.logits(residual[last])
-        logprobs = self._choose(logits, params, lines, sampling_rows)
-        n = len(sampling_rows)
+        n = int(samples.sum())
+        logits = self._forward.logits(residual[inputs.last[:n]])
+        logprobs = self._choose(logits, inputs, ids[samples])
         return GpuPending(plan, self._downloader.send(self._choice[: 2 * n]), n, logprobs, prompt)
 
+    def _captured_tokens(
+        self,
+        plan: StepPlan,
+        ids: NDArray[np.int64],
+        q_lens: NDArray[np.int64],
+        samples: NDArray[np.bool_],
+        num_tokens: int,
+        num_rows: int,
+    ) -> GpuPending:
+        """A step of few rows, padded to num_tokens and num_rows; sampled or not as a whole."""
+        assert self._graphs is not None
+        inputs = self._upload_any(ids, q_lens, samples, num_tokens, num_rows)
+        batch = inputs.batch
+        # Bounds instead of this step's own lengths: the launches must suit any step of the key.
+        batch.max_q_len = num_tokens if num_rows == 1 else num_tokens - 1
+        batch.max_context_len = self.rows.tokens.shape[1]
+        packed, batch.block_tables = batch.block_tables.view(-1), self._tables[:num_rows]
+        sampled = bool(samples.any())
+        restricted = bool(self._sampling.restricted[ids[samples]].any())
+
+        def step() -> None:
+            prepare(
+                self.rows.tokens, inputs.rows, batch.context_lens, inputs.columns, packed,
+                self._token_ids[:num_rows], batch.block_tables, self.rows.block_size,
+            )  # fmt: skip
+            residual = self._forward.hidden(self._gather(inputs), batch, self.kv_cache)
+            if sampled:
+                logits = self._forward.logits(residual[inputs.last])
+                self._choose_plain(logits, inputs, num_rows, restricted)
+
+        self._graphs.run((num_tokens, num_rows, sampled, restricted), step)
+        if not sampled:
+            return GpuPending(plan, None, 0, {}, {})
+        download = self._downloader.send(self._choice[: 2 * num_rows])
+        return GpuPending(plan, download, num_rows, {}, {})
+
+    def _gather(self, inputs: _Inputs) -> Tensor:
+        token_ids = torch.empty_like(inputs.batch.positions)
+        gather_tokens(
+            self.rows.tokens, inputs.token_rows, inputs.batch.positions,
+            inputs.batch.slot_mapping, token_ids,
+        )  # fmt: skip
+        return token_ids
+
     def _upload_any(
-        self, ids: NDArray[np.int64], q_lens: NDArray[np.int64], samples: NDArray[np.bool_]
-    ) -> tuple[Tensor, AttentionBatch, Tensor, sampling.RowParams, Tensor]:
-        """Token ids, batch, each sampling row's last token, and the sampling rows' parameters."""
-        s, rows = self._sampling, self.rows
+        self,
+        ids: NDArray[np.int64],
+        q_lens: NDArray[np.int64],
+        samples: NDArray[np.bool_],
+        num_tokens: int,
+        num_rows: int,
+    ) -> _Inputs:
+        """One upload; where each view lies depends on num_tokens and num_rows alone."""
+        s, rows, n = self._sampling, self.rows, len(ids)
         starts = rows.num_computed[ids]
         context = starts + q_lens
-        cu = np.zeros(len(ids) + 1, np.int64)
+        cu = np.zeros(n + 1, np.int64)
         np.cumsum(q_lens, out=cu[1:])
         row_of_token = np.repeat(ids, q_lens)
         positions = np.arange(cu[-1]) + np.repeat(starts - cu[:-1], q_lens)
@@ -247,22 +320,38 @@ class GpuModelRunner(ModelRunner):
         columns = -(-int(context.max()) // size)
         lines = ids[samples]
         views = self._uploader.send_arrays([
-            slots + positions % size, positions, cu[1:][samples] - 1, s.seed[lines],
-            row_of_token.astype(np.int32), cu.astype(np.int32), context.astype(np.int32),
-            rows.block_tables[ids, :columns], context[samples].astype(np.int32), s.top_k[lines],
-            *s.floats[:, lines], lines.astype(np.int32),
-        ])  # fmt: skip
-        slot_mapping, at, last, seed, token_rows, cu_q, context_lens, tables = views[:8]
-        position, top_k, temperature, top_p, min_p, line_rows = views[8:]
+            _padded(slots + positions % size, num_tokens, -1),
+            _padded(positions, num_tokens, 0),
+            _padded(cu[1:][samples] - 1, num_rows, 0),
+            _padded(s.seed[lines], num_rows, 0),
+            _padded(row_of_token.astype(np.int32), num_tokens, 0),
+            _padded(cu.astype(np.int32), num_rows + 1, int(cu[-1])),
+            _padded(context.astype(np.int32), num_rows, 0),
+            _padded(context[samples].astype(np.int32), num_rows, 0),
+            _padded(s.top_k[lines], num_rows, 0),
+            *(_padded(values, num_rows, 0) for values in s.floats[:, lines]),
+            _padded(lines.astype(np.int32), num_rows, -1),
+            _padded(ids.astype(np.int32), num_rows, -1),
+            np.array([columns], np.int32),
+            rows.block_tables[ids, :columns],
+        ])
+        slot_mapping, at, last, seed, token_rows, cu_q, context_lens = views[:7]
+        position, top_k, temperature, top_p, min_p, line_rows, row_ids, width, tables = views[7:]
         batch = AttentionBatch(
             cu_q, context_lens, tables, slot_mapping, at, int(q_lens.max()), int(context.max())
         )
         params = sampling.RowParams(temperature, seed, position, top_k, top_p, min_p)
-        token_ids = rows.tokens[token_rows.long(), at].long()
-        return token_ids, batch, last, params, line_rows
+        return _Inputs(batch, token_rows, row_ids, width, last, line_rows, params)
+
+    def _choose_plain(self, logits: Tensor, inputs: _Inputs, n: int, restricted: bool) -> None:
+        """Chooses for the first n lines, without the host's help."""
+        sampling.choose(
+            logits, inputs.params, self._workspace, self._choice[:n], self._choice[n : 2 * n],
+            restricted=restricted, scatter=(self.rows.tokens, inputs.lines),
+        )  # fmt: skip
 
     def _choose(
-        self, logits: Tensor, params: sampling.RowParams, lines: Tensor, rows: NDArray[np.int64]
+        self, logits: Tensor, inputs: _Inputs, rows: NDArray[np.int64]
     ) -> dict[int, TokenLogprobs]:
         """Chooses for every line; returns the log-probabilities that were asked for."""
         s, n = self._sampling, len(rows)
@@ -275,10 +364,7 @@ class GpuModelRunner(ModelRunner):
             raw = logits[wanted].clone()
             for i, (row, p) in enumerate(zip(rows, held, strict=True)):
                 self._sampler.adjust(logits[i], int(row), p)
-        sampling.choose(
-            logits, params, self._workspace, self._choice[:n], self._choice[n : 2 * n],
-            restricted=bool(s.restricted[rows].any()), scatter=(self.rows.tokens, lines),
-        )  # fmt: skip
+        self._choose_plain(logits, inputs, n, bool(s.restricted[rows].any()))
         if not wanted:
             return {}
         counts = [self._params(int(rows[i])).logprobs or 0 for i in wanted]

@@ -41,7 +41,7 @@ def mix(h):
 
 def gumbel(seed, position, vocab):
     key = mix(seed & MASK ^ mix(seed >> 32 & MASK ^ mix(position + 0x9E3779B9 & MASK)))
-    bits = [mix(mix(t * 0x9E3779B1 & MASK ^ key) + key & MASK) for t in range(vocab)]
+    bits = [mix(t * 0x9E3779B1 + key & MASK) for t in range(vocab)]
     u = (torch.tensor(bits, dtype=torch.float64) + 0.5) / 2**32
     return -torch.log(-torch.log1p(-u))
 
@@ -116,9 +116,7 @@ def test_scatter_writes_the_next_input_but_not_past_the_context():
     logits = torch.randn(3, 40, device=DEVICE)
     tokens = torch.full((5, 6), -7, dtype=torch.int32, device=DEVICE)
     rows = torch.tensor([4, 1, -1], dtype=torch.int32, device=DEVICE)
-    ids, _ = choose(
-        logits, params(3, temperature=0.0, position=[2, 6, 1]), scatter=(tokens, rows)
-    )
+    ids, _ = choose(logits, params(3, temperature=0.0, position=[2, 6, 1]), scatter=(tokens, rows))
     expected = torch.full((5, 6), -7, dtype=torch.int32)
     expected[4, 2] = ids[0]
     assert torch.equal(tokens.cpu(), expected)

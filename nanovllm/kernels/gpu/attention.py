@@ -21,6 +21,9 @@ from triton.language.extra import cuda as tl_cuda
 
 # A split shorter than this costs more to combine than it saves.
 MIN_SPLIT = tl.constexpr(128)
+EARLY = tl.constexpr(1)
+LATE = tl.constexpr(2)
+PREFETCH = True
 LOG2_E = math.log2(math.e)
 
 
@@ -84,7 +87,8 @@ def _decode_kernel(
     G: tl.constexpr, R: tl.constexpr, R_PAD: tl.constexpr,
     D: tl.constexpr, D_PAD: tl.constexpr, P: tl.constexpr, BLOCK_N: tl.constexpr,
     SPLITS: tl.constexpr, WINDOW: tl.constexpr,
-    FUSED: tl.constexpr, QK_NORM: tl.constexpr, PDL: tl.constexpr, PRECISION: tl.constexpr,
+    FUSED: tl.constexpr, QK_NORM: tl.constexpr, PDL: tl.constexpr, PREFETCH: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Grid (G, S, SPLITS): the R query heads of one KV head of one row, over a part of its keys.
 
@@ -96,8 +100,13 @@ def _decode_kernel(
     group = tl.program_id(0)
     seq = tl.program_id(1)
     split = tl.program_id(2)
-    token = tl.load(cu_q_ptr + seq)
-    q_len = tl.load(cu_q_ptr + seq + 1) - token
+    if PDL == EARLY:
+        tl_cuda.gdc_launch_dependents()
+    token = seq
+    q_len = 1
+    if not FUSED:
+        token = tl.load(cu_q_ptr + seq)
+        q_len = tl.load(cu_q_ptr + seq + 1) - token
     context = tl.load(context_ptr + seq)
     if (q_len != 1) | (context == 0):
         if PDL:
@@ -125,14 +134,15 @@ def _decode_kernel(
     if PDL:
         # Lengths, tables and cached keys are older than the kernel before: with few programs the
         # keys can come to the L2 cache while it still runs.
-        if SPLITS > 1:
+        if PREFETCH:
             line = tl.arange(0, (D_PAD + 63) // 64)[None, :] * 64  # 128 bytes at 16 bits
             for n in range(start, stop, BLOCK_N):
                 offset = _tile_offsets(table_ptr, n, stop, offs_n, group, P, G, D, BLOCK_N)
                 _prefetch(cache_ptr + offset[:, None] + line)
                 _prefetch(cache_ptr + G * P * D + offset[:, None] + line)
         tl_cuda.gdc_wait()
-        tl_cuda.gdc_launch_dependents()
+        if PDL == LATE:
+            tl_cuda.gdc_launch_dependents()
 
     q_row = q_ptr + token.to(tl.int64) * q_stride + group * R * D
     if FUSED:
@@ -190,24 +200,22 @@ def _decode_kernel(
         arrived = tl.atomic_add(counter_ptr + seq * G + group, 1, sem="acq_rel")
         if arrived != used - 1:
             return
-        top = tl.full((R_PAD,), float("-inf"), tl.float32)
-        total = tl.zeros((R_PAD,), tl.float32)
-        acc = tl.zeros((R_PAD, D_PAD), tl.float32)
-        index = (seq * G + group) * R * SPLITS + heads * SPLITS
-        for i in range(used):
-            part_top = tl.load(stats_ptr + (index + i) * 2, mask=head_mask, other=0.0,
-                               cache_modifier=".cg")
-            part_total = tl.load(stats_ptr + (index + i) * 2 + 1, mask=head_mask, other=1.0,
-                                 cache_modifier=".cg")
-            part = tl.load(partial_ptr + (index + i)[:, None] * D + d[None, :], mask=hd_mask,
-                           other=0.0, cache_modifier=".cg")
-            new_top = tl.maximum(top, part_top)
-            keep = tl.exp2(top - new_top)
-            gain = tl.exp2(part_top - new_top)
-            total = total * keep + part_total * gain
-            acc = acc * keep[:, None] + part * gain[:, None]
-            top = new_top
+        part = tl.arange(0, SPLITS)
+        live = part < used
+        for r in tl.static_range(R):  # all parts of a head at once: one wait for memory
+            index = ((seq * G + group) * R + r) * SPLITS + part
+            tops = tl.load(stats_ptr + index * 2, mask=live, other=float("-inf"),
+                           cache_modifier=".cg")
+            totals = tl.load(stats_ptr + index * 2 + 1, mask=live, other=0.0,
+                             cache_modifier=".cg")
+            parts = tl.load(partial_ptr + index[:, None] * D + d[None, :],
+                            mask=live[:, None] & (d < D)[None, :], other=0.0,
+                            cache_modifier=".cg")
+            gains = tl.exp2(tops - tl.max(tops, 0))
+            combined = tl.sum(parts * gains[:, None], 0) / tl.sum(totals * gains, 0)
+            tl.store(out_row + r * D + d, combined.to(out_ptr.dtype.element_ty), mask=d < D)
         tl.store(counter_ptr + seq * G + group, 0)  # ready for the next launch
+        return
     out = acc / total[:, None]
     tl.store(out_row + heads[:, None] * D + d[None, :], out.to(out_ptr.dtype.element_ty),
              mask=hd_mask)
@@ -395,7 +403,7 @@ def decode(
     out: Tensor,
     *,
     new: FusedInputs | None = None,
-    pdl: bool = False,
+    pdl: int = 0,
     tile: tuple[int, int, int] | None = None,
 ) -> Tensor:
     """Attention of every row with one query; q and out [T, H, D], other rows stay untouched.
@@ -417,7 +425,8 @@ def decode(
         q.stride(0), f.k.stride(0), out.stride(0), block_tables.stride(0),
         scale * LOG2_E, f.eps, window or 0,
         groups, ratio, max(16, triton.next_power_of_2(ratio)), dim, dim_pad, slots, keys,
-        splits, window is not None, new is not None, f.q_norm is not None, pdl, precision(q),
+        splits, window is not None, new is not None, f.q_norm is not None, pdl,
+        bool(pdl) and splits > 1 and PREFETCH, precision(q),
         num_warps=warps, num_stages=stages, **options,
     )  # fmt: skip
     return out

@@ -1,7 +1,7 @@
-"""Turns what the host uploads for a step of single tokens into the step's inputs.
+"""Turns what the host uploads for a step into the step's inputs.
 
-Shape legend: S rows of the step (a graph's bucket), R rows that exist, C context length, N columns
-of the step's block table, P slots a block.
+Shape legend: T tokens and S rows of the step (padded to a graph's bucket), R rows that exist,
+C context length, N columns of the step's block table, P slots a block.
 """
 
 # mypy: disable-error-code="no-untyped-def, attr-defined, misc"
@@ -49,4 +49,27 @@ def prepare(
     _prepare_kernel[(len(rows),)](
         tokens, rows, context_lens, columns, packed_tables, token_ids, block_tables,
         tokens.stride(0), block_tables.stride(0), block_size, 64, num_warps=1,
+    )  # fmt: skip
+
+
+@triton.jit
+def _gather_kernel(tokens_ptr, row_ptr, position_ptr, slot_ptr, ids_ptr, tokens_stride, num_tokens,
+                   BLOCK: tl.constexpr):
+    """Grid (tiles of T)."""
+    t = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = t < num_tokens
+    real = inside & (tl.load(slot_ptr + t, mask=inside, other=-1) >= 0)
+    row = tl.load(row_ptr + t, mask=real, other=0).to(tl.int64)
+    position = tl.load(position_ptr + t, mask=real, other=0)
+    token = tl.load(tokens_ptr + row * tokens_stride + position, mask=real, other=0)
+    tl.store(ids_ptr + t, token.to(tl.int64), mask=inside)
+
+
+def gather_tokens(
+    tokens: Tensor, rows: Tensor, positions: Tensor, slot_mapping: Tensor, token_ids: Tensor
+) -> None:
+    """token_ids [T] = tokens [R, C] at (rows, positions); 0 where the slot is -1 (padding)."""
+    _gather_kernel[(triton.cdiv(len(rows), 256),)](
+        tokens, rows, positions, slot_mapping, token_ids, tokens.stride(0), len(rows), 256,
+        num_warps=2,
     )  # fmt: skip

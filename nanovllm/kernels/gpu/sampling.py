@@ -38,7 +38,7 @@ def _gumbel(seed, position, token):
     low = seed.to(tl.uint32)
     high = (seed >> 32).to(tl.uint32)
     key = _mix(low ^ _mix(high ^ _mix(position.to(tl.uint32) + 0x9E3779B9)))
-    bits = _mix((_mix((token.to(tl.uint32) * 0x9E3779B1).to(tl.uint32) ^ key) + key).to(tl.uint32))
+    bits = _mix((token.to(tl.uint32) * 0x9E3779B1 + key).to(tl.uint32))
     u = (bits.to(tl.float32) + 0.5) * 2.3283064365386963e-10  # in (0, 1]
     exponential = tl.where(u < 1e-3, u * (1.0 + u * 0.5), -tl.log(tl.maximum(1.0 - u, 1e-10)))
     return -tl.log(exponential)

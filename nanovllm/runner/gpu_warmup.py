@@ -1,0 +1,151 @@
+"""Compiles the kernels of the first steps in parallel, while the weights are still being read.
+
+Each job launches one kernel on a few made-up rows, in the variant that the model will use; Triton
+keeps what it compiled on disk, so all but the first start find it there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+
+import torch
+from torch import Tensor
+
+from nanovllm.kernels.gpu import attention, linear, prepare, rowwise, sampling
+from nanovllm.models.config import DecoderConfig
+
+NUM_THREADS = 8
+ROWS = 64  # of made-up weights: divisible by 16, as real ones are
+
+
+class KernelWarmUp:
+    """Starts at once; `wait` raises what a job raised."""
+
+    def __init__(
+        self,
+        config: DecoderConfig,
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
+        block_size: int,
+        max_model_len: int,
+    ) -> None:
+        self._c, self._dtype, self._device = config, dtype, device
+        self._block_size, self._max_model_len = block_size, max_model_len
+        self._pool = ThreadPoolExecutor(NUM_THREADS, thread_name_prefix="nanovllm-compile")
+        self._pdl = int(torch.cuda.get_device_capability(device) >= (9, 0))
+        self._jobs: list[Future[None]] = [self._pool.submit(self._run, job) for job in self._all()]
+
+    def wait(self) -> None:
+        for job in self._jobs:
+            job.result()
+        self._pool.shutdown()
+        torch.cuda.synchronize(self._device)
+
+    def _run(self, job: Callable[[], None]) -> None:
+        with torch.inference_mode(), torch.cuda.device(self._device):
+            job()
+
+    def _all(self) -> Iterator[Callable[[], None]]:
+        """The slowest to compile come first."""
+        yield self._decode
+        yield self._choose
+        c = self._c
+        heads = (c.num_heads + 2 * c.num_kv_heads) * c.head_dim
+        yield lambda: self._linear(c.hidden_size, norm=True, bias=c.qkv_bias)
+        if c.qkv_bias:  # the LM head has none
+            yield lambda: self._linear(c.hidden_size, norm=True)
+        yield lambda: self._linear(c.num_heads * c.head_dim, bias=c.o_bias, residual=True)
+        yield lambda: self._linear(c.intermediate_size, bias=c.mlp_bias, residual=True)
+        if not c.mlp_bias:
+            yield lambda: self._linear(c.hidden_size, norm=True, gated=True)
+        yield lambda: self._rope(heads)
+        yield self._rowwise
+        yield self._prepare
+
+    def _new(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+        return torch.zeros(shape, dtype=dtype or self._dtype, device=self._device)
+
+    def _linear(
+        self,
+        size: int,
+        *,
+        norm: bool = False,
+        bias: bool = False,
+        gated: bool = False,
+        residual: bool = False,
+    ) -> None:
+        out = self._new(1, ROWS)
+        linear.linear(
+            self._new(1, size),
+            self._new(2 * ROWS if gated else ROWS, size),
+            out,
+            norm=self._new(size) if norm else None,
+            eps=1e-6,
+            bias=self._new(ROWS) if bias else None,
+            gated=gated,
+            residual=out if residual else None,
+            pdl=self._pdl,
+        )
+
+    def _cache(self) -> Tensor:
+        c = self._c
+        return self._new(1, 2, c.num_kv_heads, self._block_size, c.head_dim)
+
+    def _heads(self, num_rows: int) -> tuple[Tensor, Tensor, Tensor]:
+        c = self._c
+        qkv = self._new(num_rows, c.num_heads + 2 * c.num_kv_heads, c.head_dim)
+        q, k, v = qkv.split((c.num_heads, c.num_kv_heads, c.num_kv_heads), 1)
+        return q, k, v
+
+    def _norms(self) -> tuple[Tensor, Tensor] | None:
+        size = self._c.head_dim
+        return (self._new(size), self._new(size)) if self._c.qk_norm else None
+
+    def _decode(self) -> None:
+        """With context 0 the kernel returns at once: compiling is what counts."""
+        c = self._c
+        q, k, v = self._heads(1)
+        angles = self._new(1, c.head_dim, dtype=torch.float32)
+        new = attention.FusedInputs(k, v, self._norms(), angles, c.rms_norm_eps)
+        splits = attention.num_splits(1, c.num_kv_heads, self._max_model_len)
+        workspace = attention.DecodeWorkspace(c.num_heads, c.head_dim, self._device)
+        ints = self._new(2, dtype=torch.int32)
+        attention.decode(
+            q, self._cache(), ints, ints[:1], ints.view(1, 2), 1.0, c.sliding_windows[0],
+            workspace, splits, torch.empty_like(q), new=new, pdl=self._pdl,
+        )  # fmt: skip
+
+    def _rope(self, heads: int) -> None:
+        q, k, v = self._heads(2)
+        longs = self._new(2, dtype=torch.int64)
+        angles = self._new(1, self._c.head_dim, dtype=torch.float32)
+        rowwise.rope_store(
+            q, k, v, self._norms(), self._c.rms_norm_eps, angles, longs, self._cache(), longs
+        )
+
+    def _rowwise(self) -> None:
+        c = self._c
+        rowwise.rms_norm(self._new(2, c.hidden_size), self._new(c.hidden_size), 1e-6)
+        rowwise.silu_mul(self._new(2, 2 * c.intermediate_size))
+
+    def _choose(self) -> None:
+        """As many tiles as the vocabulary has, over the same line of logits."""
+        c = self._c
+        ints = self._new(16, dtype=torch.int32)
+        floats, longs = ints.view(torch.float32), self._new(2, dtype=torch.int64)
+        params = sampling.RowParams(floats, longs, ints, ints, floats, floats)
+        workspace = sampling.Workspace(1, c.vocab_size, self._device)
+        sampling.choose(
+            self._new(1, c.vocab_size), params, workspace, longs[:1], longs[:1],
+            restricted=False, scatter=(self._new(1, self._max_model_len, dtype=torch.int32), ints),
+        )  # fmt: skip
+
+    def _prepare(self) -> None:
+        ints, longs = self._new(16, dtype=torch.int32), self._new(2, dtype=torch.int64)
+        tokens = self._new(1, self._max_model_len, dtype=torch.int32)
+        prepare.gather_tokens(tokens, ints[:2], longs, longs - 1, longs)
+        prepare.prepare(
+            tokens, ints[:1], ints[:1], ints[:1], ints, longs, ints.view(1, -1), self._block_size
+        )
