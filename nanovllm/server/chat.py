@@ -19,6 +19,7 @@ from nanovllm.server.http import EventStream, event, json_response, read_body, u
 from nanovllm.server.output_parser import OutputParser, whole_message
 from nanovllm.server.schemas import ChatRequest
 from nanovllm.server.service import Service, cached_tokens, timings, usage
+from nanovllm.text.tokenizer import Tokenizer
 
 MIN_LOGPROB = -9999.0  # JSON has no infinity
 
@@ -135,7 +136,9 @@ def _choice(chat: _Chat, completion: CompletionOutput) -> dict[str, Any]:
     return {
         "index": completion.index,
         "message": message,
-        "logprobs": logprobs_record(completion.logprobs, chat.request.top_logprobs),
+        "logprobs": logprobs_record(
+            completion.logprobs, chat.request.top_logprobs, chat.service.tokenizer
+        ),
         "finish_reason": _reason(completion.finish_reason, num_calls),
     }
 
@@ -145,27 +148,26 @@ def _reason(reason: str | None, num_calls: int) -> str | None:
 
 
 def logprobs_record(
-    entries: Sequence[Mapping[int, Logprob]] | None, num_top: int | None
+    entries: Sequence[Mapping[int, Logprob]] | None, num_top: int | None, tokenizer: Tokenizer
 ) -> dict[str, Any] | None:
     """The chat form of log-probabilities; an entry's first token is the chosen one."""
     if entries is None:
         return None
     content = []
     for entry in entries:
-        ranked = sorted(entry.values(), key=lambda logprob: logprob.rank)
+        ranked = sorted(entry.items(), key=lambda item: item[1].rank)
         content.append(
-            _token(next(iter(entry.values())))
-            | {"top_logprobs": [_token(logprob) for logprob in ranked[: num_top or 0]]}
+            _token(*next(iter(entry.items())), tokenizer)
+            | {"top_logprobs": [_token(*item, tokenizer) for item in ranked[: num_top or 0]]}
         )
     return {"content": content}
 
 
-def _token(logprob: Logprob) -> dict[str, Any]:
-    text = logprob.token or ""
+def _token(token_id: int, logprob: Logprob, tokenizer: Tokenizer) -> dict[str, Any]:
     return {
-        "token": text,
+        "token": logprob.token or "",
         "logprob": max(logprob.logprob, MIN_LOGPROB),
-        "bytes": list(text.encode("utf-8", "replace")),
+        "bytes": list(tokenizer.token_bytes(token_id)),
     }
 
 
@@ -233,7 +235,8 @@ class _Writer:
     def _take_logprobs(self, index: int) -> dict[str, Any] | None:
         entries = self._logprobs[index]
         self._logprobs[index] = []
-        return logprobs_record(entries or None, self._chat.request.top_logprobs)
+        num_top = self._chat.request.top_logprobs
+        return logprobs_record(entries or None, num_top, self._chat.service.tokenizer)
 
     def usage_chunk(self) -> bytes:
         chunk = self._base | {"choices": [], "usage": self._usage()}

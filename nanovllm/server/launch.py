@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import dataclasses
 import logging
+import resource
 import signal
 import socket
 import subprocess
@@ -33,6 +34,7 @@ from nanovllm.text.chat import ChatTemplate
 logger = logging.getLogger("nanovllm.server")
 logging.getLogger("uvicorn.error").setLevel(logging.WARNING)  # it tells of every start and end
 BACKLOG = 2048
+MAX_FILES = 65536
 DEATH_LINGER = 1.0  # seconds in which /health says what happened before the server exits
 END_SECONDS = 5.0  # for the engine's process to end when it is told to
 
@@ -126,7 +128,7 @@ def make_service(
 def _read_template(path: str) -> str:
     try:
         return Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, UnicodeDecodeError, TypeError) as error:
         raise ConfigError(f"the chat template {path} cannot be read: {error}") from None
 
 
@@ -142,6 +144,7 @@ def serve(
     Raises ConfigError or ModelLoadError for what is wrong before anything runs.
     """
     sock = bind(config.host, config.port)
+    _allow_many_connections()
     with sock:
         service = make_service(config, engine, chat_template)
         worker = EngineThread(engine) if in_process else EngineProcess(engine)
@@ -151,6 +154,14 @@ def serve(
         finally:
             worker.sock.close()
             worker.end()
+
+
+def _allow_many_connections() -> None:
+    """Each is a file descriptor, and 1,024 of them is a common soft limit."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = MAX_FILES if hard == resource.RLIM_INFINITY else min(hard, MAX_FILES)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop]:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import logging
+import re
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from nanovllm.errors import InvalidRequestError
+from nanovllm.errors import ConfigError, InvalidRequestError
 from nanovllm.metrics.prometheus import PrometheusMetrics
 from nanovllm.model_files import ModelFiles
 from nanovllm.outputs import Delta, RequestOutput
@@ -20,6 +21,7 @@ from nanovllm.text.chat import ChatTemplate
 from nanovllm.text.tokenizer import Tokenizer
 
 logger = logging.getLogger("nanovllm.server")
+_METRIC_PREFIX = re.compile(r"[a-zA-Z_][a-zA-Z0-9_]*")
 SAMPLING_DEFAULTS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 
 
@@ -44,6 +46,22 @@ class ServerConfig:
     drain_timeout: float = 30.0
     engine_timeout: float = 60.0
     metrics_prefix: str = "nanovllm"
+
+    def __post_init__(self) -> None:
+        for name, kind in (("host", str), ("port", int), ("max_waiting", int), ("any_model", bool)):
+            value = getattr(self, name)
+            if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+                raise ConfigError(f"{name} must be of type {kind.__name__}, got {value!r}")
+        if self.max_waiting < 0:
+            raise ConfigError(f"max_waiting must be at least 0, got {self.max_waiting}")
+        for name, low in (("drain_timeout", 0.0), ("engine_timeout", 1.0)):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not value >= low:
+                raise ConfigError(f"{name} must be at least {low:g} seconds, got {value!r}")
+        if not _METRIC_PREFIX.fullmatch(str(self.metrics_prefix)):
+            raise ConfigError(f"metrics_prefix must be letters and _, got {self.metrics_prefix!r}")
+        if not all(key.strip() for key in self.api_keys):
+            raise ConfigError("api_key must not be empty: leave it out to ask for none")
 
 
 class Service:

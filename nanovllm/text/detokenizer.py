@@ -8,9 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from nanovllm.text.tokenizer import Tokenizer
-
-REPLACEMENT = "\ufffd"
+from nanovllm.text.tokenizer import REPLACEMENT, Tokenizer
 
 
 class IncrementalDetokenizer:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,23 @@ from tokenizers import Tokenizer as FastTokenizer
 from nanovllm.errors import ModelLoadError
 
 LONG_TEXT = 4000  # characters; about a millisecond
+
+
+REPLACEMENT = "\ufffd"
+_BYTE_TOKEN = re.compile(r"<0x([0-9A-F]{2})>")
+
+
+def _byte_alphabet() -> dict[str, int]:
+    """The character by which byte-level BPE writes each byte (Radford et al. 2019): itself where
+    it can be printed in Latin-1, else the next free one from 256 on."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {
+        chr(256 + n): byte for n, byte in enumerate(others)
+    }
+
+
+_BYTE_OF = _byte_alphabet()
 
 
 class Tokenizer:
@@ -51,6 +69,18 @@ class Tokenizer:
     def token_text(self, token_id: int) -> str:
         """One token as it is reported beside its log-probability, special tokens included."""
         return self._fast.decode([token_id], skip_special_tokens=False)
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """What one token adds to a text in UTF-8; may be a part of a character."""
+        token = self._fast.id_to_token(token_id)
+        if token is None:
+            return b""
+        fallback = _BYTE_TOKEN.fullmatch(token)
+        if fallback:
+            return bytes([int(fallback[1], 16)])
+        if REPLACEMENT in self.token_text(token_id) and all(char in _BYTE_OF for char in token):
+            return bytes(_BYTE_OF[char] for char in token)
+        return self.token_text(token_id).encode()
 
     def spellings(self, word: str) -> list[tuple[int, ...]]:
         """The token ids of a word at the start of a text and after a space."""

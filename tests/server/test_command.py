@@ -221,6 +221,11 @@ def test_health_while_the_model_loads(flags: tuple[str, ...]) -> None:
         (["--config", "/no/such"], "cannot be read"),
         (["--log-level", "loud"], "log_level"),
         (["--max-num-seqs", "0"], "max_num_seqs"),
+        (["--max-waiting", "-1"], "max_waiting"),
+        (["--engine-timeout", "nan"], "engine_timeout"),
+        (["--drain-timeout", "-1"], "drain_timeout"),
+        (["--metrics-prefix", "a b"], "metrics_prefix"),
+        (["--api-key", ""], "api_key"),
         (["--skip-tokenizer-init"], "tokenizer"),
     ],
 )
@@ -263,8 +268,11 @@ def test_yaml_and_flags(tmp_path: Path, model_dir: Path, monkeypatch: pytest.Mon
     )  # fmt: skip
     assert (engine.max_num_seqs, engine.model) == (9, str(model_dir))
     assert named == {"chat_template": None, "in_process": False}
-    path.write_text("prot: 1\n")
-    assert main(["serve", "--config", str(path)]) == 2
+    for text in ("prot: 1", "port: abc", "any-model: 5", "- 1", "a: [", "port: true",
+                 "chat-template: 5", "drain-timeout: x"):  # fmt: skip
+        path.write_text(text + "\n")
+        monkeypatch.undo()
+        assert main(["serve", str(model_dir), "--config", str(path)]) == 2, text
 
 
 def test_help_is_short(capsys: pytest.CaptureFixture[str]) -> None:

@@ -307,6 +307,22 @@ def test_preemption_changes_no_answer(start: Callable[..., Live]) -> None:
     live.wait_until_idle()
 
 
+def test_new_requests_do_not_starve_a_running_one(start: Callable[..., Live]) -> None:
+    """One that streams gets a token in each step, however many long prompts arrive."""
+    live = start(max_num_batched_tokens=16, max_num_seqs=16, enable_prefix_caching=False)
+    client = live.service.client
+    with open_request(live, stream=True, max_tokens=60) as first:
+        first.recv(10)
+        prompts = [[i % 300 + 5] * 200 for i in range(24)]  # 4,800 tokens: over 300 steps
+        with open_request(live, prompt=prompts, max_tokens=2):
+            live.wait_until(lambda: client.load.num_waiting > 0)
+            data = b""
+            while b"[DONE]" not in data:
+                data += first.recv(1 << 16)
+            assert client.num_sequences > 12
+    live.wait_until_idle()
+
+
 def test_requests_that_join_and_leave_at_random(start: Callable[..., Live]) -> None:
     """Many clients, a quarter of them leaving early, a pool too small: nothing leaks."""
     live = start(block_size=8, num_kv_blocks=40)

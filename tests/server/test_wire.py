@@ -96,6 +96,16 @@ def test_client_chat_whole_and_streamed(live: Live) -> None:
     assert tokens == {0: 5, 1: 5}
 
 
+def test_bytes_of_tokens_join_to_the_text(live: Live) -> None:
+    body = {"messages": HELLO, "max_tokens": 30, "logprobs": True, "seed": 3, "temperature": 2}
+    choice = request(live.port, "POST", "/v1/chat/completions", body)[2]["choices"][0]
+    content = choice["logprobs"]["content"]
+    assert any("\ufffd" in entry["token"] for entry in content)
+    joined = b"".join(bytes(entry["bytes"]) for entry in content)
+    text = joined.decode("utf-8", "replace").removesuffix("<|im_end|>")
+    assert text == choice["message"]["content"]
+
+
 def test_same_seed_same_answer(live: Live) -> None:
     body = {"messages": HELLO, "seed": 7, "max_tokens": 10, "temperature": 1.5}
     texts = {
