@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from nanovllm import LLM, Delta, RequestOutput, SamplingParams
-from nanovllm.trace.events import ListTracer, StepPlanned
+from nanovllm.trace.events import ListTracer, StepDone, StepPlanned
 
 OPTIONS: dict[str, Any] = {"dtype": "float32", "max_num_seqs": 4, "block_size": 8}
 SEEDED = SamplingParams(seed=3, max_tokens=40, ignore_eos=True)
@@ -253,6 +253,21 @@ def test_events_tell_the_story(text_model: Path) -> None:
     assert [event.step_id for event in planned] == list(range(len(planned)))
     times = [event.time for event in tracer.events]
     assert all(before <= after for before, after in pairwise(times))
+
+
+@pytest.mark.parametrize("ahead", [True, False])
+def test_the_next_step_is_planned_while_one_runs(text_model: Path, ahead: bool) -> None:
+    tracer = ListTracer()
+    with LLM(str(text_model), tracer=tracer, async_scheduling=ahead, **OPTIONS) as llm:
+        llm.generate("Hello", SEEDED, use_tqdm=False)
+    order = [
+        (type(event).__name__, event.step_id)
+        for event in tracer.events
+        if isinstance(event, StepPlanned | StepDone)
+    ]
+    for step_id in range(10):
+        done, planned = ("StepDone", step_id), ("StepPlanned", step_id + 1)
+        assert (order.index(planned) < order.index(done)) == ahead
 
 
 def test_two_engines_in_one_process(text_model: Path, models: Any) -> None:

@@ -35,7 +35,7 @@ class EngineMachine(RuleBasedStateMachine):
         max_num_seqs=st.integers(1, 4),
         more_budget=st.integers(0, 9),
         max_model_len=st.integers(4, 24),
-        depth=st.integers(1, 2),
+        depth=st.integers(1, 3),
         caching=st.sampled_from([True, True, True, False]),
         hashing=st.sampled_from(sorted(HASHES)),
     )

@@ -16,7 +16,7 @@ from nanovllm.engine.scheduler import Scheduler
 from nanovllm.engine.sequence import Sequence
 
 SETTINGS = settings(
-    max_examples=1000,
+    max_examples=3000,
     stateful_step_count=40,
     deadline=None,
     derandomize=True,
@@ -123,7 +123,23 @@ def compute_the_whole_prompt_from_cache(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(BlockManager, "find_prefix", find_prefix)
 
 
+def readmit_before_the_result(patch: pytest.MonkeyPatch) -> None:
+    def admit_waiting(self: Scheduler, draft: Any) -> None:
+        while self.waiting and draft.budget and self._free_rows:
+            if not self._admit(self.waiting[0], draft):
+                break  # a preempted sequence whose last token is still pending comes back
+
+    patch.setattr(Scheduler, "_admit_waiting", admit_waiting)
+
+
+def end_one_token_late(patch: pytest.MonkeyPatch) -> None:
+    limit = Scheduler._limit
+    patch.setattr(Scheduler, "_limit", lambda self, seq: limit(self, seq) + 1)
+
+
 BUGS: list[Patch] = [
+    readmit_before_the_result,
+    end_one_token_late,
     fork_without_counting,
     free_what_others_use,
     ignore_the_salt,

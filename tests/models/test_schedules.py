@@ -96,3 +96,27 @@ def test_several_completions(family: str, length: int, models: Any, backend: str
         alone = [o.token_ids for o in llm.generate(prompt, seeded, False).outputs]
     assert several == alone
     assert len({tuple(tokens) for tokens in several}) == 4
+
+
+@pytest.mark.parametrize("max_model_len", [45, 48])
+@pytest.mark.parametrize("family", ["qwen3", "mistral"])
+def test_to_the_end_of_the_context(family: str, max_model_len: int, models: Any) -> None:
+    """The last token is sampled and never computed: there is no slot for it."""
+    directory, prompts = models(family), prompts_of([1, 20, max_model_len - 1])
+    params = SamplingParams(temperature=0.0, max_tokens=None, ignore_eos=True, n=2)
+    with open_model(directory, max_model_len=max_model_len) as llm:
+        for prompt, output in zip(prompts, llm.generate(prompts, params, False), strict=True):
+            assert len(prompt) + len(output.token_ids) == max_model_len
+            assert output.finish_reason == "length"
+            assert output.outputs[1].token_ids == output.token_ids
+            assert_greedy(directory, prompt, output.token_ids)
+
+
+def test_more_completions_than_rows(models: Any) -> None:
+    directory, prompt = models("qwen3"), prompts_of([19])[0]
+    params = SamplingParams(temperature=0.0, max_tokens=5, ignore_eos=True, n=64)
+    with open_model(directory, max_num_seqs=5, num_kv_blocks=12) as llm:
+        outputs = llm.generate(prompt, params, False).outputs
+    assert [output.index for output in outputs] == list(range(64))
+    assert all(output.token_ids == outputs[0].token_ids for output in outputs)
+    assert_greedy(directory, prompt, outputs[0].token_ids)
