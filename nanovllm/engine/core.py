@@ -11,7 +11,7 @@ import itertools
 from collections import deque
 from collections.abc import Callable
 from collections.abc import Sequence as TokenIds
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from hashlib import blake2b
 from typing import Protocol
 
@@ -37,6 +37,16 @@ class Executor(Protocol):
     def submit(self, plan: StepPlan) -> StepFuture: ...
 
     def close(self) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class _NotSubmitted:
+    """A step that the executor did not take: it fails when its turn comes."""
+
+    error: Exception
+
+    def result(self) -> StepResult:
+        raise self.error
 
 
 class EngineCore:
@@ -170,7 +180,13 @@ class EngineCore:
             plan = self.scheduler.schedule()
             if plan is None:
                 return
-            self._in_flight.append(self._executor.submit(plan))
+            self._in_flight.append(self._submit(plan))
+
+    def _submit(self, plan: StepPlan) -> StepFuture:
+        try:
+            return self._executor.submit(plan)
+        except Exception as error:  # the scheduler counts on a result for every plan
+            return _NotSubmitted(error)
 
     def _drop(self, seq: Sequence) -> None:
         group = self._groups.get(seq.request_id)

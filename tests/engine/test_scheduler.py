@@ -235,3 +235,19 @@ def test_sharers_of_a_failed_step_end_with_it() -> None:
         engine.core.step()
     assert unrelated.finish_reason == "length"
     assert unrelated.output_token_ids == answer(unrelated.token_ids[:9], b"", unrelated.seed, 55)
+
+
+def test_a_plan_that_the_executor_does_not_take(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = Engine()
+    first = engine.add("a", 12)
+
+    def refuse(plan: StepPlan) -> Any:
+        raise ConnectionError("rank 1 is gone")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(engine.kv, "submit", refuse)
+        (update,) = engine.core.step()
+    assert (update.seq, update.error) == (first, "ConnectionError: rank 1 is gone")
+    assert engine.core.is_finished
+    engine.add("b", 9)
+    engine.finish()
