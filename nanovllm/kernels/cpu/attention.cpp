@@ -9,6 +9,7 @@
 #include <algorithm>
 #include <vector>
 
+#include "attention.h"
 #include "pack.h"
 #include "pool.h"
 
@@ -18,78 +19,7 @@ namespace {
 constexpr int kKeys = kTileVectors * kLanes;  // keys of a tile
 constexpr long kSpan = 512;                   // keys; a multiple of kKeys
 constexpr int kUnitRows = 192;                // rows (token, query head) that share packed keys
-constexpr float kLowest = -1e30f;             // below any score, and finite: its differences are too
 constexpr long kSmallWork = 1 << 16;          // multiply-adds not worth a second thread
-
-// Keys at [block, 0], values at [block, 1]; each [head, slot, dim], contiguous in a block.
-// This struct and the next are filled by the Python side, field by field.
-struct Cache {
-  void* data;
-  long dtype;
-  long num_blocks;
-  long block_row;  // elements between blocks
-  long num_heads, block_size, dim;
-
-  long value_offset() const { return num_heads * block_size * dim; }
-  long slot(long block, long head, long offset) const {
-    return block * block_row + (head * block_size + offset) * dim;
-  }
-};
-
-struct Batch {
-  const int32_t* cu_q_lens;
-  const int32_t* context_lens;
-  const int32_t* block_tables;
-  long table_row;
-  long num_seqs;
-  const int64_t* slots;  // of the new tokens
-  long num_tokens;
-};
-
-// What some rows have seen of some keys: values times e^(score - highest), and the sum of those
-// weights.
-struct State {
-  float* sums;  // [rows][row]
-  float* highest;
-  float* total;
-  long rows, row;
-
-  State(float* memory, long rows, long row)
-      : sums(memory),
-        highest(memory + rows * row),
-        total(highest + rows),
-        rows(rows),
-        row(row) {}
-
-  static long size(long rows, long row) { return rows * (row + 2); }
-
-  void clear() {
-    std::fill(sums, highest, 0.0f);
-    std::fill(highest, total, kLowest);
-    std::fill(total, total + rows, 0.0f);
-  }
-
-  void scale(long r, float factor) {
-    for (long i = r * row; i < (r + 1) * row; i += kLanes) {
-      store(sums + i, load(sums + i) * splat(factor));
-    }
-    total[r] *= factor;
-  }
-
-  // Takes in what the same rows have seen of later keys.
-  void merge(const State& later) {
-    for (long r = 0; r < rows; r++) {
-      float top = std::max(highest[r], later.highest[r]);
-      scale(r, exp(splat(highest[r] - top))[0]);
-      float factor = exp(splat(later.highest[r] - top))[0];
-      for (long i = r * row; i < (r + 1) * row; i += kLanes) {
-        store(sums + i, load(sums + i) + load(later.sums + i) * splat(factor));
-      }
-      total[r] += later.total[r] * factor;
-      highest[r] = top;
-    }
-  }
-};
 
 template <class Kind>
 struct Attention {
@@ -105,6 +35,7 @@ struct Attention {
   long window;  // 0: all of the context
   Element* out;
 
+  struct Tile;
   struct Unit {
     int seq, begin, end;  // query tokens [begin, end) of the sequence
   };
@@ -119,7 +50,7 @@ struct Attention {
   void run() {
     long work = make_units();
     int count = static_cast<int>(units.size() * cache.num_heads);
-    auto attend = [&](int i) { Tile(*this, units[i / cache.num_heads], i % cache.num_heads).run(); };
+    auto attend = [&](int i) { tile(i).run(); };
     if (work < kSmallWork) {
       for (int i = 0; i < count; i++) attend(i);
     } else if (count < 2 * num_threads() && most_spans > 1) {
@@ -128,6 +59,8 @@ struct Attention {
       parallel_for(count, attend);
     }
   }
+
+  Tile tile(int i) const { return Tile(*this, units[i / cache.num_heads], i % cache.num_heads); }
 
   // Returns the number of multiply-adds, roughly.
   long make_units() {
@@ -150,7 +83,6 @@ struct Attention {
     long size = State::size(rows, padded);
     long bytes = count * most_spans * size * sizeof(float);
     float* memory = static_cast<float*>(scratch(Slot::kActivations, bytes));
-    auto tile = [&](int i) { return Tile(*this, units[i / cache.num_heads], i % cache.num_heads); };
     parallel_for(static_cast<int>(count * most_spans), [&](int i) {
       Tile t = tile(i / most_spans);
       t.see(i % most_spans, State(memory + i * size, t.panels.rows, padded));
@@ -263,7 +195,7 @@ struct Attention {
       }
     }
 
-    // Where the keys [key, key + kKeys) lie; `zeros` from `limit` on, where slots may hold anything.
+    // Where the keys [key, key + kKeys) lie; `zeros` from `limit` on: slots there may hold anything.
     void locate(long key, long limit, const Element** rows) const {
       const Element* base = static_cast<const Element*>(a.cache.data);
       const int32_t* block = a.batch.block_tables + unit.seq * a.batch.table_row;

@@ -79,7 +79,8 @@ void pack_row(const typename Kind::Element* x, long k, int r, int rows, typename
   }
 }
 
-// Columns given as kLanes row pointers of length k -> one vector of each step, `stride` bytes apart.
+// Columns given as kLanes row pointers of length k -> one vector of each step, the steps `stride`
+// bytes apart.
 template <class Kind>
 void pack_columns(const typename Kind::Element* const* columns, long k, char* out, long stride) {
   long step = 0;
