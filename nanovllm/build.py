@@ -57,6 +57,7 @@ class Platform:
 
     device: torch.device
     dtype: torch.dtype
+    cache_dtype: torch.dtype
     ops: Ops
     attention: AttentionBackend
     choices: dict[str, Choice]
@@ -105,7 +106,7 @@ def build_engine(config: EngineConfig, tracer: Tracer | None = None) -> Engine:
         config,
         decoder,
         block_size=block_size,
-        dtype=platform.dtype,
+        dtype=platform.cache_dtype,
         free_bytes=free_memory(platform.device, config.gpu_memory_utilization),
         on_cpu=platform.device.type == "cpu",
     )
@@ -193,7 +194,15 @@ def choose_platform(
     )
     attention, reasons = select_backend(spec, config.attention_backend)
     choices = {"ops": ops_choice, "attention": Choice(attention.name, "; ".join(reasons))}
-    return Platform(device, dtype, ops, attention, choices)
+    cache_dtype = dtype
+    if config.kv_cache_dtype == "fp8":
+        if not isinstance(attention, TritonAttention):
+            raise ConfigError(
+                "kv_cache_dtype='fp8' needs the triton attention backend, "
+                f"this is {attention.name}: {'; '.join(reasons) or 'it was asked for'}"
+            )
+        cache_dtype = torch.float8_e4m3fn
+    return Platform(device, dtype, cache_dtype, ops, attention, choices)
 
 
 def choose_ops(device: torch.device) -> tuple[Ops, Choice]:
@@ -236,6 +245,7 @@ def _start_compiling(
     return KernelWarmUp(
         decoder,
         dtype=platform.dtype,
+        cache_dtype=platform.cache_dtype,
         device=platform.device,
         block_size=block_size,
         max_model_len=config.max_model_len or decoder.max_position,
@@ -276,7 +286,7 @@ def _runner(
 ) -> ModelRunner:
     options: dict[str, Any] = {
         "device": platform.device,
-        "dtype": platform.dtype,
+        "dtype": platform.cache_dtype,
         "num_blocks": cache.num_blocks,
         "block_size": block_size,
         "max_num_seqs": max_num_seqs,

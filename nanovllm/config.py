@@ -17,6 +17,7 @@ from nanovllm.errors import ConfigError
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 DEVICES = ("auto", "cpu", "cuda")
 LOAD_FORMATS = ("auto", "dummy")
+KV_CACHE_DTYPES = ("auto", "fp8")
 
 
 def _check_count(name: str, value: object, low: int = 1) -> None:
@@ -40,6 +41,8 @@ class EngineConfig:
                      where the KV cache is at most 4 GiB unless kv_cache_memory_bytes says more
     kv_cache_memory_bytes    exact budget of the KV cache instead
     num_kv_blocks    exact number of blocks instead (tests, simulations)
+    kv_cache_dtype   "auto": dtype; "fp8": 8-bit floats (e4m3), half the memory and bandwidth at
+                     some loss of precision (GPU only)
     enable_prefix_caching    reuse the KV blocks of equal prefixes
     enforce_eager    never capture CUDA graphs
     async_scheduling plan step N+1 while step N runs
@@ -59,6 +62,7 @@ class EngineConfig:
     gpu_memory_utilization: float = 0.9
     kv_cache_memory_bytes: int | None = None
     num_kv_blocks: int | None = None
+    kv_cache_dtype: str = "auto"
     enable_prefix_caching: bool = True
     enforce_eager: bool = False
     async_scheduling: bool = True
@@ -84,7 +88,12 @@ class EngineConfig:
             )
 
     def _check_choices(self) -> None:
-        choices = (("dtype", DTYPES), ("device", DEVICES), ("load_format", LOAD_FORMATS))
+        choices = (
+            ("dtype", DTYPES),
+            ("device", DEVICES),
+            ("load_format", LOAD_FORMATS),
+            ("kv_cache_dtype", KV_CACHE_DTYPES),
+        )
         for name, allowed in choices:
             value = getattr(self, name)
             if value not in allowed and not (name == "device" and _is_cuda_index(value)):

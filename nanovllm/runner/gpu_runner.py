@@ -167,6 +167,14 @@ class GpuModelRunner(ModelRunner):
             finally:
                 self.rows.advance(plan)
 
+    def _copy_blocks(self, plan: StepPlan) -> None:
+        if plan.block_copies:
+            sources, targets = (list(ids) for ids in zip(*plan.block_copies, strict=True))
+            # torch indexes no 8-bit floats; their bytes will do.
+            narrow = self.kv_cache.element_size() == 1
+            cache = self.kv_cache.view(torch.uint8) if narrow else self.kv_cache
+            cache[:, targets] = cache[:, sources]
+
     # --- steps of single tokens: one upload, one graph, one download -------------------------
 
     def _single_tokens(self, plan: StepPlan, ids: NDArray[np.int64]) -> GpuPending:

@@ -27,11 +27,13 @@ class KernelWarmUp:
         config: DecoderConfig,
         *,
         dtype: torch.dtype,
+        cache_dtype: torch.dtype,
         device: torch.device,
         block_size: int,
         max_model_len: int,
     ) -> None:
         self._c, self._dtype, self._device = config, dtype, device
+        self._cache_dtype = cache_dtype
         self._block_size, self._max_model_len = block_size, max_model_len
         self._pool = ThreadPoolExecutor(NUM_THREADS, thread_name_prefix="nanovllm-compile")
         self._pdl = int(torch.cuda.get_device_capability(device) >= (9, 0))
@@ -91,7 +93,8 @@ class KernelWarmUp:
 
     def _cache(self) -> Tensor:
         c = self._c
-        return self._new(1, 2, c.num_kv_heads, self._block_size, c.head_dim)
+        shape = (1, 2, c.num_kv_heads, self._block_size, c.head_dim)
+        return torch.zeros(shape, dtype=self._cache_dtype, device=self._device)
 
     def _heads(self, num_rows: int) -> tuple[Tensor, Tensor, Tensor]:
         c = self._c

@@ -178,6 +178,8 @@ BAD_OPTIONS: list[tuple[dict[str, Any], str]] = [
     ({"max_num_batched_tokens": -1}, "max_num_batched_tokens must be"),
     ({"gpu_memory_utilization": 1.5}, r"gpu_memory_utilization must be in \(0, 1\], got 1.5"),
     ({"tensor_parallel_size": 0}, "tensor_parallel_size"),
+    ({"kv_cache_dtype": "fp4"}, "kv_cache_dtype must be one of auto, fp8, got 'fp4'"),
+    ({"kv_cache_dtype": "fp8", "device": "cpu"}, "kv_cache_dtype='fp8' needs the triton"),
     ({"attention_backend": "magic"}, "attention_backend must be auto or one of .*got 'magic'"),
     ({"enable_prefix_caching": 1}, "enable_prefix_caching must be True or False"),
     ({"seed": "x"}, "seed must be an integer"),

@@ -89,3 +89,21 @@ def test_bfloat16_logprobs_are_near_those_of_float32(prompts, directory):
         for ours, theirs in zip(narrow.prompt_logprobs[1:], wide.prompt_logprobs[1:], strict=True):
             for token, entry in ours.items():
                 assert entry.logprob == pytest.approx(theirs[token].logprob, abs=0.15)
+
+
+def test_fp8_cache_changes_logprobs_a_little(directory):
+    model = make_model(directory / "fp8", "qwen3", head_dim=64)
+    params = SamplingParams(temperature=0.0, max_tokens=1, logprobs=1, prompt_logprobs=0)
+    found = []
+    for dtype in ("auto", "fp8"):
+        with LLM(str(model), **(OPTIONS | {"kv_cache_dtype": dtype, "device": "cuda"})) as llm:
+            found.append(llm.generate(PROMPTS, params, use_tqdm=False))
+    gaps = [
+        abs(entry.logprob - theirs[token].logprob)
+        for exact, rounded in zip(*found, strict=True)
+        for ours, theirs in zip(
+            rounded.prompt_logprobs[1:], exact.prompt_logprobs[1:], strict=True
+        )
+        for token, entry in ours.items()
+    ]
+    assert 0 < sum(gaps) / len(gaps) < 0.1

@@ -1,7 +1,8 @@
 """Paged attention in Triton: one kernel for rows of one query, one for longer rows.
 
 Both read the cache of one layer, [B, 2, G, P, D] contiguous, and leave slots outside a context
-unread or masked before use. They know tensors alone. A batch that mixes both kinds of rows runs
+unread or masked before use. A cache of 8-bit floats is widened to q's dtype in registers, so all
+arithmetic is that of the model's dtype. They know tensors alone. A batch that mixes both kinds of rows runs
 both kernels: each skips the other's rows, so nothing but shapes is decided on the host.
 
 Shape legend: T tokens, S sequences, H query heads, G KV heads, R = H / G, D head dim, B blocks,
@@ -154,6 +155,9 @@ def _decode_kernel(
         k_new = _normed_rotated(k_ptr + new_row, k_norm_ptr, cos_sin_ptr, position, one, one == 0,
                                 0, eps, D, D_PAD, QK_NORM)
         v_new = tl.load(v_ptr + new_row + d, mask=d < D, other=0.0)[None, :]
+        # From here on the new key and value are what the cache holds, rounded as it rounds.
+        k_new = k_new.to(cache_ptr.dtype.element_ty)
+        v_new = v_new.to(cache_ptr.dtype.element_ty)
         owner = split == 0
         block = tl.load(table_ptr + position // P).to(tl.int64)
         slot = block * (2 * G * P * D) + group * (P * D) + (position % P) * D
@@ -178,6 +182,7 @@ def _decode_kernel(
         if D != D_PAD:
             kv_mask = kv_mask & (d < D)[None, :]
         keys = tl.load(cache_ptr + offset[:, None] + d[None, :], mask=kv_mask, other=0.0)
+        keys = keys.to(q.dtype)
         scores = tl.dot(q, keys.T, input_precision=PRECISION) * scale
         scores = tl.where(inside[None, :], scores, float("-inf"))
         new_top = tl.maximum(top, tl.max(scores, 1))
@@ -185,7 +190,7 @@ def _decode_kernel(
         shrink = tl.exp2(top - new_top)
         total = total * shrink + tl.sum(weights, 1)
         values = tl.load(cache_ptr + G * P * D + offset[:, None] + d[None, :], mask=kv_mask,
-                         other=0.0)
+                         other=0.0).to(q.dtype)
         acc = tl.dot(weights.to(values.dtype), values, acc * shrink[:, None],
                      input_precision=PRECISION)
         top = new_top
@@ -244,6 +249,8 @@ def _prefill_tiles(
         else:
             keys = tl.load(kv_ptrs)
             values = tl.load(kv_ptrs + G * P * D)
+        keys = keys.to(q.dtype)
+        values = values.to(q.dtype)
         scores = tl.dot(q, keys.T, input_precision=PRECISION) * scale
         if MASKED:
             visible = (key_positions[None, :] <= positions[:, None]) & (
@@ -385,9 +392,9 @@ def num_splits(num_seqs: int, num_kv_heads: int, max_context_len: int) -> int:
 
 
 def _decode_tile(dim_pad: int, itemsize: int) -> tuple[int, int, int]:
-    """(keys a tile, warps, stages): measured best at D = 128; other sizes by bytes."""
-    keys = max(16, min(64, 16384 // (dim_pad * itemsize)))
-    return keys, 4, 5 if itemsize == 2 else 3
+    """(keys a tile, warps, stages): measured best at D = 128; other sizes by the cache's bytes."""
+    keys = max(16, min(128 // itemsize, 16384 // (dim_pad * itemsize)))
+    return keys, 4, 5 if itemsize <= 2 else 3
 
 
 def decode(
@@ -413,7 +420,7 @@ def decode(
     _, _, groups, slots, dim = kv_cache.shape
     ratio = q.shape[1] // groups
     dim_pad = triton.next_power_of_2(dim)
-    keys, warps, stages = tile or _decode_tile(dim_pad, q.element_size())
+    keys, warps, stages = tile or _decode_tile(dim_pad, kv_cache.element_size())
     assert q.stride(1) == out.stride(1) == dim, "heads of a token must follow one another"
     assert splits == 1 or splits * len(context_lens) <= MAX_SPLIT_PROGRAMS
     f = new or FusedInputs(q, q, None, q, 0.0)

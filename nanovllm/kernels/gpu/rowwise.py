@@ -155,11 +155,13 @@ def _rope_store_kernel(
         if slot >= 0:
             target = cache_ptr + slot // P * (2 * G * P * D) + (slot % P) * D
             target = target + g[:, None] * (P * D) + d[None, :]
-            tl.store(target, first, mask=k_mask)
-            tl.store(target + half, second, mask=k_mask)
+            stored: tl.constexpr = cache_ptr.dtype.element_ty
+            tl.store(target, first.to(stored), mask=k_mask)
+            tl.store(target + half, second.to(stored), mask=k_mask)
             v = v_ptr + token * v_stride + g[:, None] * D + d[None, :]
-            tl.store(target + G * P * D, tl.load(v, mask=k_mask), mask=k_mask)
-            tl.store(target + G * P * D + half, tl.load(v + half, mask=k_mask), mask=k_mask)
+            tl.store(target + G * P * D, tl.load(v, mask=k_mask).to(stored), mask=k_mask)
+            tl.store(target + G * P * D + half, tl.load(v + half, mask=k_mask).to(stored),
+                     mask=k_mask)
     else:
         tl.store(k_row + g[:, None] * D + d[None, :], first, mask=k_mask)
         tl.store(k_row + g[:, None] * D + half + d[None, :], second, mask=k_mask)
