@@ -118,8 +118,7 @@ async def _whole(chat: _Chat) -> dict[str, Any]:
     try:
         (output,) = await chat.stream.finish()
         for completion in output.outputs:
-            if completion.finish_reason == "error":
-                chat.service.check_delta(Delta(output.request_id, 0, "", (), "error"))
+            chat.service.check(completion)
     except Exception as error:
         raise chat.service.explain(error) from None
     answer = chat.head("chat.completion") | {
@@ -201,7 +200,7 @@ class _Writer:
         self._cached = 0
 
     def write(self, delta: Delta) -> bytes:
-        self._chat.service.check_delta(delta)
+        self._chat.service.check(delta)
         index = delta.index
         chunks = b""
         if index not in self._parsers:

@@ -102,8 +102,7 @@ async def _whole(completion: _Completion) -> dict[str, Any]:
         outputs = await completion.stream.finish()
         for output in outputs:
             for choice in output.outputs:
-                if choice.finish_reason == "error":
-                    service.check_delta(Delta(output.request_id, 0, "", (), "error"))
+                service.check(choice)
     except Exception as error:
         raise service.explain(error) from None
     answer = completion.head() | {
@@ -204,7 +203,7 @@ class _Writer:
         self._cached = [0] * len(completion.stream.outputs)
 
     def write(self, job: int, delta: Delta) -> bytes:
-        self._completion.service.check_delta(delta)
+        self._completion.service.check(delta)
         output = self._completion.stream.outputs[job]
         index = job * len(output.outputs) + delta.index
         text = delta.text

@@ -44,7 +44,8 @@ class Link:
         self._sock = sock
         self._on_gone = on_gone
         self._sending = threading.Lock()
-        threading.Thread(target=self._read, name="nanovllm-link", daemon=True).start()
+        self._reader = threading.Thread(target=self._read, name="nanovllm-link", daemon=True)
+        self._reader.start()
 
     def send(self, report: messages.Message) -> None:
         frame = messages.encode(report)
@@ -56,8 +57,10 @@ class Link:
 
     def close(self) -> None:
         """Tells the other side that nothing follows."""
+        self._on_gone = _do_nothing
         with contextlib.suppress(OSError):  # the other side was faster
             self._sock.shutdown(socket.SHUT_RDWR)
+        self._reader.join()
         self._sock.close()
 
     def _read(self) -> None:
@@ -70,6 +73,10 @@ class Link:
             pass  # the same as the end of the stream
         self.commands.put(Shutdown())
         self._on_gone()
+
+
+def _do_nothing() -> None:
+    pass
 
 
 class EventBuffer:
@@ -95,19 +102,22 @@ class EngineLoop:
         self._events = events
         self._sequences: dict[int, list[Sequence]] = {}
         self._open = True
+        self._ended = threading.Event()
         self._step_began: float | None = None
 
     def run(self) -> None:
         """Raises whatever broke the engine's own state; failed steps do not."""
-        threading.Thread(target=self._beat, name="nanovllm-beat", daemon=True).start()
+        beat = threading.Thread(target=self._beat, name="nanovllm-beat", daemon=True)
+        beat.start()
         try:
             while self._open:
                 self._obey()
                 if self._open and not self._core.is_finished:
                     self._step()
         finally:
-            self._open = False
+            self._ended.set()
             self._core.close()
+            beat.join()
 
     def _obey(self) -> None:
         """Runs the commands that wait; waits for one if there is nothing else to do."""
@@ -170,11 +180,10 @@ class EngineLoop:
         return Load(len(scheduler.running), len(scheduler.waiting), scheduler.blocks.num_free)
 
     def _beat(self) -> None:
-        while self._open:
+        while not self._ended.wait(BEAT_SECONDS):
             began = self._step_began
             busy = 0.0 if began is None else time.monotonic() - began
             self._link.send(messages.Beat(busy, self._load()))
-            time.sleep(BEAT_SECONDS)
 
 
 def _pack(update: SequenceUpdate) -> messages.Update:

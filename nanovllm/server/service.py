@@ -12,7 +12,7 @@ from typing import Any
 from nanovllm.errors import ConfigError, InvalidRequestError
 from nanovllm.metrics.prometheus import PrometheusMetrics
 from nanovllm.model_files import ModelFiles
-from nanovllm.outputs import Delta, RequestOutput
+from nanovllm.outputs import CompletionOutput, Delta, RequestOutput
 from nanovllm.server.engine_client import EngineClient, EngineDeadError, Job, Stream
 from nanovllm.server.errors import ApiError, engine_failed, from_engine, unavailable
 from nanovllm.server.prompts import PromptEncoder
@@ -84,6 +84,7 @@ class Service:
         self.draining = False
         self.num_open = 0  # requests that were admitted and not answered completely
         self.defaults = _sampling_defaults(files.generation)
+        self._eos_token_ids = frozenset(files.eos_token_ids())
         source = template.source or ""
         self.reasons = "<think>" in source or tokenizer.token_id("<think>") is not None
         self.calls_tools = "<tool_call>" in source
@@ -104,6 +105,8 @@ class Service:
             self.client.info.vocab_size,
             self.client.info.max_num_seqs + self.config.max_waiting,
             self.defaults,
+            self._eos_token_ids,
+            self.tokenizer.spellings,
         )
 
     def model_name(self, asked: str | None) -> str:
@@ -153,10 +156,10 @@ class Service:
             logger.error("a request failed", exc_info=error)
         return engine_failed()
 
-    def check_delta(self, delta: Delta) -> None:
+    def check(self, ended: Delta | CompletionOutput) -> None:
         """Raises ApiError if the completion ended with an error."""
-        if delta.finish_reason == "error":
-            logger.error("request %s failed in the engine: %s", delta.request_id, delta.error)
+        if ended.finish_reason == "error":
+            logger.error("a request failed in the engine: %s", ended.error)
             raise engine_failed()
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,12 +37,18 @@ _SAME_NAME = (
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What the engine can take. defaults: sampling parameters of requests that bring none."""
+    """What the engine can take.
+
+    defaults are the sampling parameters of requests that bring none; spellings gives the token ids
+    by which a bad word may be written.
+    """
 
     max_prompt_len: int
     vocab_size: int
     max_sequences: int
     defaults: Mapping[str, Any]
+    eos_token_ids: frozenset[int]
+    spellings: Callable[[str], list[tuple[int, ...]]]
 
 
 def chat_params(request: ChatRequest, limits: Limits) -> SamplingParams:
@@ -94,7 +100,22 @@ def _params(request: Request, limits: Limits, **derived: Any) -> SamplingParams:
         raise invalid(f"n is {params.n}: this server takes {limits.max_sequences} at most", "n")
     for name in ("logit_bias", "allowed_token_ids", "stop_token_ids"):
         check_token_ids(getattr(params, name) or (), limits.vocab_size, name)
+    _check_something_is_possible(params, limits)
     return params
+
+
+def _check_something_is_possible(params: SamplingParams, limits: Limits) -> None:
+    """Raises ApiError if at some step no token at all might be allowed."""
+    if params.allowed_token_ids is None:
+        return
+    forbidden = {ids[-1] for word in params.bad_words or () for ids in limits.spellings(word)}
+    if params.min_tokens:
+        forbidden |= limits.eos_token_ids.union(params.stop_token_ids or ())
+    if forbidden.issuperset(params.allowed_token_ids):
+        raise invalid(
+            "allowed_token_ids holds only tokens that min_tokens or bad_words forbid",
+            "allowed_token_ids",
+        )
 
 
 def _clamp(values: dict[str, Any], limits: Limits) -> None:

@@ -217,6 +217,18 @@ def test_sampling_parameters(live: Live, name: str) -> None:
             assert name in (error["param"] or "") or name in error["message"], error
 
 
+def test_demands_that_leave_no_token(live: Live) -> None:
+    for fields in (
+        {"allowed_token_ids": [2], "min_tokens": 1},
+        {"allowed_token_ids": [9], "stop_token_ids": [9], "min_tokens": 1},
+        {"allowed_token_ids": [live.service.tokenizer.encode("a")[0]], "bad_words": ["a"]},
+    ):
+        body = {"prompt": "fox", "max_tokens": 4} | fields
+        assert refused(live, TEXT, body)["param"] == "allowed_token_ids"
+    body = {"prompt": "fox", "max_tokens": 4, "allowed_token_ids": [9], "ignore_eos": True}
+    assert request(live.port, "POST", TEXT, body)[2]["choices"][0]["finish_reason"] == "length"
+
+
 def test_huge_numbers_that_only_ask_for_everything(live: Live) -> None:
     stop = {"logit_bias": {"2": 100}}  # the end token comes at once
     body = {"prompt": "fox", "max_tokens": 2**70, "top_k": 2**70, "temperature": 0} | stop

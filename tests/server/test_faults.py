@@ -16,6 +16,7 @@ import openai
 import pytest
 import torch
 
+from nanovllm.engine.scheduler import Scheduler
 from nanovllm.executor.inline import InlineExecutor
 from nanovllm.runner.sampler import Sampler
 from nanovllm.text.detokenizer import IncrementalDetokenizer
@@ -199,7 +200,7 @@ def test_the_engine_itself_breaks(
     """Anything but a failed step ends the engine; clients and /health are told."""
     live = start()
     monkeypatch.setattr("nanovllm.server.launch.DEATH_LINGER", 5.0)
-    monkeypatch.setattr(InlineExecutor, "submit", lambda *_: 1 / 0)
+    monkeypatch.setattr(Scheduler, "schedule", lambda _: 1 / 0)
     status, _, answer = request(live.port, "POST", TEXT, LONG)
     assert status == 500
     assert_error(answer, "engine_error")
