@@ -41,7 +41,7 @@ class _Chat:
         return OutputParser(
             reasoning=self.service.reasons,
             thinks=self.thinks,
-            tools=self.tools,
+            tools=self.service.tool_style if self.tools else None,
             one_call=self.request.parallel_tool_calls is False,
         )
 
@@ -106,7 +106,7 @@ def _tools(service: Service, request: ChatRequest) -> Sequence[schemas.ToolSpec]
         )
     if not request.tools or choice == "none":
         return None
-    if not service.calls_tools:
+    if service.tool_style is None:
         raise invalid("this model's chat template knows no tools", "tools")
     return request.tools
 

@@ -2,8 +2,9 @@
 
 A pure state machine over pieces of text: fed in any cutting, the deltas joined are the same.
 Reasoning stands between <think> and </think> (Qwen3, DeepSeek-R1). Tool calls are JSON objects
-between <tool_call> and </tool_call> (Hermes, Qwen): {"name": ..., "arguments": {...}}; the
-arguments go out while they are written, once the name is known.
+between <tool_call> and </tool_call> (Hermes, Qwen): {"name": ..., "arguments": {...}}, or the whole
+answer is one such object, its arguments named "parameters" (Llama 3.1's model card, "JSON based
+tool calling"). Arguments go out while they are written, once the name is known.
 """
 
 from __future__ import annotations
@@ -17,19 +18,29 @@ Delta = dict[str, Any]
 
 THINK, END_THINK = "<think>", "</think>"
 CALL, END_CALL = "<tool_call>", "</tool_call>"
-_HEAD = re.compile(r'\s*\{\s*"name"\s*:\s*("(?:[^"\\]|\\.)*")\s*,\s*"arguments"\s*:\s*(?=\{)')
+_HEAD = re.compile(
+    r'\s*\{\s*"name"\s*:\s*("(?:[^"\\]|\\.)*")\s*,\s*"(?:arguments|parameters)"\s*:\s*(?=\{)'
+)
+
+
+def tool_style(template: str) -> str | None:
+    """How models with this chat template write calls: "tagged", "bare", or None: not at all."""
+    if CALL in template:
+        return "tagged"
+    return "bare" if '"parameters": dictionary' in template else None
 
 
 class OutputParser:
-    """One completion. `num_calls` counts the tool calls that went out."""
+    """One completion. tools is a tool style; `num_calls` counts the calls that went out."""
 
-    def __init__(self, *, reasoning: bool, thinks: bool, tools: bool, one_call: bool) -> None:
+    def __init__(self, *, reasoning: bool, thinks: bool, tools: str | None, one_call: bool) -> None:
         self.num_calls = 0
-        self._tools = tools
+        self._tools = tools is not None
+        self._answer = self._bare if tools == "bare" else self._content
         self._one_call = one_call
         self._text = ""  # not yet understood
-        self._state = self._reason if thinks else self._begin if reasoning else self._content
-        self._trim = thinks or tools  # drop white space at the start of what follows
+        self._state = self._reason if thinks else self._begin if reasoning else self._answer
+        self._trim = thinks or self._tools  # drop white space at the start of what follows
         self._call: _Call | None = None
 
     def push(self, text: str) -> list[Delta]:
@@ -59,14 +70,14 @@ class OutputParser:
             return True
         if THINK.startswith(text) and not last:
             return False
-        self._state = self._content
+        self._state = self._answer
         return True
 
     def _reason(self, deltas: list[Delta], last: bool) -> bool:
         found = self._take_until(END_THINK, "reasoning_content", deltas, last)
         if found:
             self._trim = True
-            self._state = self._content
+            self._state = self._answer
         return found
 
     def _content(self, deltas: list[Delta], last: bool) -> bool:
@@ -96,6 +107,33 @@ class OutputParser:
         self._text, self._call, self._trim = rest, None, True
         self._state = self._content
         return bool(rest)
+
+    def _bare(self, deltas: list[Delta], last: bool) -> bool:
+        """Is the whole answer a call?"""
+        text = self._text.lstrip()
+        if not text and not last:
+            return False
+        if text.startswith("{"):
+            self._call = _Call(self.num_calls)
+            self._state = self._in_bare_call
+        else:
+            self._tools = False
+            self._state = self._content
+        return True
+
+    def _in_bare_call(self, deltas: list[Delta], last: bool) -> bool:
+        assert self._call is not None, "a call was begun"
+        deltas += self._visible(self._call.push(self._text))
+        self._text = ""
+        if last:
+            deltas += self._visible(self._call.finish())
+            if self._call.begun:
+                self.num_calls += 1
+            else:  # some other object: what was written is content
+                self._emit("content", self._call.text, deltas)
+            self._tools = False
+            self._state = self._content
+        return False
 
     # --- helpers --------------------------------------------------------------------------------
 

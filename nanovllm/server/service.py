@@ -15,6 +15,7 @@ from nanovllm.model_files import ModelFiles
 from nanovllm.outputs import CompletionOutput, Delta, RequestOutput
 from nanovllm.server.engine_client import EngineClient, EngineDeadError, Job, Stream
 from nanovllm.server.errors import ApiError, engine_failed, from_engine, unavailable
+from nanovllm.server.output_parser import tool_style
 from nanovllm.server.prompts import PromptEncoder
 from nanovllm.server.validate import Limits
 from nanovllm.text.chat import ChatTemplate
@@ -87,7 +88,7 @@ class Service:
         self._eos_token_ids = frozenset(files.eos_token_ids())
         source = template.source or ""
         self.reasons = "<think>" in source or tokenizer.token_id("<think>") is not None
-        self.calls_tools = "<tool_call>" in source
+        self.tool_style = tool_style(source)
 
     def trouble(self) -> str | None:
         """Why no request can be served at this moment, or None."""

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from nanovllm.server.output_parser import OutputParser, whole_message
+from nanovllm.server.output_parser import OutputParser, tool_style, whole_message
 from nanovllm.text.detokenizer import IncrementalDetokenizer
 
 from .live_server import Live, request
@@ -23,12 +23,12 @@ CALL = (
 CHAT = "/v1/chat/completions"
 
 
-def parser(**options: bool) -> OutputParser:
-    defaults = {"reasoning": True, "thinks": False, "tools": True, "one_call": False}
+def parser(**options: Any) -> OutputParser:
+    defaults = {"reasoning": True, "thinks": False, "tools": "tagged", "one_call": False}
     return OutputParser(**(defaults | options))
 
 
-def message(text: str, **options: bool) -> dict[str, Any]:
+def message(text: str, **options: Any) -> dict[str, Any]:
     found = whole_message(parser(**options), text)[0]
     for call in found.get("tool_calls", ()):
         assert call.pop("id").startswith("call_")
@@ -94,14 +94,41 @@ def test_whole_messages(text: str, expected: dict[str, Any]) -> None:
 
 
 def test_options() -> None:
-    assert message(CALL, tools=False) == said(CALL)
+    assert message(CALL, tools=None) == said(CALL)
     assert message("a</think>b", thinks=True) == said("b", reasoning_content="a")
     assert message("<think>a</think>b", reasoning=False) == said("<think>a</think>b")
     assert len(message(CALL * 3, one_call=True)["tool_calls"]) == 1
 
 
+BARE = '{"name": "get_weather", "parameters": {"city": "Paris"}}'
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (BARE, said(None, tool_calls=[call("get_weather", '{"city": "Paris"}')])),
+        (f"\n {BARE}\n", said(None, tool_calls=[call("get_weather", '{"city": "Paris"}')])),
+        (f"<think>a</think>{BARE}", said(None, reasoning_content="a",
+                                         tool_calls=[call("get_weather", '{"city": "Paris"}')])),
+        (f"I say {BARE}", said(f"I say {BARE}")),
+        ('{"a": 1}', said('{"a": 1}')),
+        ("{", said("{")),
+        ("", said("")),
+        (CALL, said(CALL)),
+    ],
+)  # fmt: skip
+def test_calls_without_tags(text: str, expected: dict[str, Any]) -> None:
+    assert message(text, tools="bare") == expected
+
+
+def test_styles_of_templates() -> None:
+    assert tool_style("... <tool_call> ...") == "tagged"
+    assert tool_style('... {"name": function name, "parameters": dictionary of ...') == "bare"
+    assert tool_style("{{ messages }}") is None
+
+
 PIECES = ["<think>", "</think>", "<tool_call>", "</tool_call>", "\n", " ", "a", "<", '"', "\\", "{",
-          "}", '{"name": "f", "arguments": {', '"x": [1, "}"]', '{"name": "', CALL]  # fmt: skip
+          "}", '{"name": "f", "arguments": {', '"x": [1, "}"]', '{"name": "', CALL, BARE]  # fmt: skip
 
 
 def joined(deltas: list[dict[str, Any]]) -> dict[str, Any]:
@@ -123,10 +150,16 @@ def joined(deltas: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 @settings(max_examples=300, deadline=None)
-@given(st.lists(st.sampled_from(PIECES), max_size=12), st.data(), st.booleans(), st.booleans())
-@example([CALL, "\n", CALL], None, True, False)
+@given(
+    st.lists(st.sampled_from(PIECES), max_size=12),
+    st.data(),
+    st.sampled_from(["tagged", "bare", None]),
+    st.booleans(),
+)
+@example([CALL, "\n", CALL], None, "tagged", False)
+@example([BARE], None, "bare", False)
 def test_any_cutting_gives_the_same(
-    pieces: list[str], data: Any, tools: bool, thinks: bool
+    pieces: list[str], data: Any, tools: str | None, thinks: bool
 ) -> None:
     text = "".join(pieces)
     options = {"tools": tools, "thinks": thinks}
