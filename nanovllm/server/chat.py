@@ -13,12 +13,12 @@ from starlette.responses import Response
 
 from nanovllm.outputs import CompletionOutput, Delta, Logprob
 from nanovllm.server import schemas, validate
-from nanovllm.server.engine_client import Job, Stream
 from nanovllm.server.errors import invalid
 from nanovllm.server.http import EventStream, event, json_response, read_body, until_gone
 from nanovllm.server.output_parser import OutputParser, whole_message
 from nanovllm.server.schemas import ChatRequest
 from nanovllm.server.service import Service, cached_tokens, timings, usage
+from nanovllm.server.streams import Job, Stream
 from nanovllm.text.tokenizer import Tokenizer
 
 MIN_LOGPROB = -9999.0  # JSON has no infinity

@@ -15,10 +15,10 @@ from nanovllm.outputs import CompletionOutput, Delta, Logprob, RequestOutput
 from nanovllm.sampling_params import SamplingParams
 from nanovllm.server import schemas, validate
 from nanovllm.server.chat import MIN_LOGPROB
-from nanovllm.server.engine_client import Job, Stream
 from nanovllm.server.http import EventStream, event, json_response, read_body, until_gone
 from nanovllm.server.schemas import CompletionRequest
 from nanovllm.server.service import Service, cached_tokens, timings, usage
+from nanovllm.server.streams import Job, Stream
 
 Entries = Sequence[Mapping[int, Logprob] | None]
 

@@ -13,7 +13,7 @@ import itertools
 import logging
 import socket
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
 from typing import cast
@@ -24,79 +24,12 @@ from nanovllm.errors import InvalidRequestError, NanoVLLMError, StepError
 from nanovllm.metrics.base import NullServerMetrics, ServerMetrics
 from nanovllm.outputs import Delta, RequestOutput
 from nanovllm.requests import RequestTracker
-from nanovllm.sampling_params import SamplingParams
 from nanovllm.server import messages
+from nanovllm.server.streams import EngineDeadError, Job, Stream
 from nanovllm.text.tokenizer import Tokenizer
 
 SILENT_SECONDS = 5.0
 logger = logging.getLogger("nanovllm.server")
-
-
-class EngineDeadError(NanoVLLMError):
-    """The engine process ended, or answers no more; the message says which."""
-
-
-@dataclass(frozen=True, slots=True)
-class Job:
-    """One prompt of a request; text is what the prompt was, if it was text."""
-
-    token_ids: list[int]
-    params: SamplingParams
-    text: str | None = None
-    priority: int = 0
-    salt: str = ""
-
-
-class Stream:
-    """The deltas of a few jobs: iterate for batches of (index of the job, delta).
-
-    What nobody has read yet waits here, at most as much as the jobs may generate; the engine
-    never waits for a reader. `outputs` grow along, and are complete at the end.
-    """
-
-    def __init__(self, client: EngineClient, num_unfinished: int) -> None:
-        self.outputs: list[RequestOutput] = []
-        self.handles: list[int] = []
-        self._client = client
-        self._num_unfinished = num_unfinished
-        self._items: list[tuple[int, Delta]] = []
-        self._error: NanoVLLMError | None = None
-        self._changed = asyncio.Event()
-
-    def push(self, job: int, delta: Delta) -> None:
-        self._items.append((job, delta))
-        self._num_unfinished -= delta.finish_reason is not None
-        self._changed.set()
-
-    def fail(self, error: NanoVLLMError) -> None:
-        self._error = error
-        self._changed.set()
-
-    async def __aiter__(self) -> AsyncIterator[list[tuple[int, Delta]]]:
-        """Raises EngineDeadError or InvalidRequestError if there will be no more deltas."""
-        while True:
-            items, self._items = self._items, []
-            if items:
-                yield items
-            elif self._error is not None:
-                raise self._error
-            elif not self._num_unfinished:
-                return
-            else:
-                self._changed.clear()
-                await self._changed.wait()
-
-    async def finish(self) -> list[RequestOutput]:
-        """Waits for the end."""
-        async for _ in self:
-            pass
-        return self.outputs
-
-    def close(self) -> None:
-        """Aborts what has not finished; its KV blocks are free before the engine's next step."""
-        if self._num_unfinished:
-            self._num_unfinished = 0
-            self._client.abort(self.handles)
 
 
 @dataclass(slots=True)
@@ -176,7 +109,7 @@ class EngineClient(asyncio.Protocol):
         if self.death is not None:
             raise EngineDeadError(self.death)
         now = time.monotonic()
-        stream = Stream(self, sum(job.params.n for job in jobs))
+        stream = Stream(self.abort, sum(job.params.n for job in jobs))
         for index, job in enumerate(jobs):
             handle = next(self._handles)
             params = messages.pack_params(job.params)

@@ -27,8 +27,9 @@ from nanovllm.config import EngineConfig
 from nanovllm.errors import ConfigError
 from nanovllm.model_files import find_model
 from nanovllm.server.app import create_app
-from nanovllm.server.engine_client import EngineDeadError, watch
+from nanovllm.server.engine_client import watch
 from nanovllm.server.service import ServerConfig, Service
+from nanovllm.server.streams import EngineDeadError
 from nanovllm.text.chat import ChatTemplate
 
 logger = logging.getLogger("nanovllm.server")

@@ -17,7 +17,6 @@ from nanovllm.server.errors import invalid
 logger = logging.getLogger("nanovllm.server")
 
 Number = float
-T = TypeVar("T", bound="Request")
 
 NEUTRAL: tuple[Any, ...] = (None, False, [], {}, "")
 UNSUPPORTED: dict[str, tuple[Any, ...]] = {

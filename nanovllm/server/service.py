@@ -13,10 +13,11 @@ from nanovllm.errors import ConfigError, InvalidRequestError
 from nanovllm.metrics.prometheus import PrometheusMetrics
 from nanovllm.model_files import ModelFiles
 from nanovllm.outputs import CompletionOutput, Delta, RequestOutput
-from nanovllm.server.engine_client import EngineClient, EngineDeadError, Job, Stream
+from nanovllm.server.engine_client import EngineClient
 from nanovllm.server.errors import ApiError, engine_failed, from_engine, unavailable
 from nanovllm.server.output_parser import tool_style
 from nanovllm.server.prompts import PromptEncoder
+from nanovllm.server.streams import EngineDeadError, Job, Stream
 from nanovllm.server.validate import Limits
 from nanovllm.text.chat import ChatTemplate
 from nanovllm.text.tokenizer import Tokenizer

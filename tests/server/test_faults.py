@@ -344,6 +344,10 @@ def test_requests_that_join_and_leave_at_random(start: Callable[..., Live]) -> N
     for thread in threads:
         thread.join(120)
     live.wait_until_idle()
+    # An abort that races the end of its request: each ended exactly once.
+    lines = request(live.port, "GET", "/metrics")[2].decode().splitlines()
+    ended = [line for line in lines if line.startswith("nanovllm:request_success_total")]
+    assert sum(float(line.split()[-1]) for line in ended) == 12 * 3
     live.wait_until(lambda: live.service.num_open == 0)
 
 
