@@ -42,7 +42,10 @@ SERVER_FLAGS: dict[str, tuple[str, dict[str, Any]]] = {
         "seconds without progress after which the engine counts as hung",
         {"type": float, "metavar": "X"},
     ),
-    "metrics_prefix": ("before the names of metrics; vllm suits its dashboards", {}),
+    "metrics_prefix": (
+        "before the names of metrics; vllm suits its dashboards",
+        {"metavar": "NAME"},
+    ),
     "in_process": (
         "run the engine inside of the server's process, for debugging",
         {"action": argparse.BooleanOptionalAction},

@@ -122,7 +122,10 @@ def make_service(
     if chat_template is not None:
         template = ChatTemplate(_read_template(chat_template), tokenizer.special_tokens())
     if not config.served_model_names:
-        config = dataclasses.replace(config, served_model_names=(engine.model,))
+        # Of a directory the last name: answers show no paths.
+        path = Path(engine.model).expanduser()
+        name = path.resolve().name if path.is_dir() else engine.model
+        config = dataclasses.replace(config, served_model_names=(name,))
     return Service(config, files, tokenizer, template)
 
 

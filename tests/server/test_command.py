@@ -180,7 +180,7 @@ def test_two_servers_and_a_taken_port(
     first, second = serve(), serve("--in-process")
     for server in (first, second):
         body = {"prompt": "fox", "max_tokens": 3}
-        assert request(server.port, "POST", "/v1/completions", body)[0] == 200
+        assert request(server.port, "POST", "/v1/completions", body)[2]["model"] == "tiny"
     assert main(["serve", *flags, "--port", str(first.port)]) == 2
     said = f"nanovllm: cannot listen on 127.0.0.1:{first.port}: Address already in use\n"
     assert capsys.readouterr().err == said
