@@ -204,7 +204,7 @@ def export(model: Qwen3, directory: Path, turn_end: int, pad: int) -> None:
         "hidden_act": "silu",
         "attention_bias": False,
         "tie_word_embeddings": True,
-        "torch_dtype": "bfloat16",
+        "torch_dtype": "float32",
         "eos_token_id": turn_end,
         "pad_token_id": pad,
     }
