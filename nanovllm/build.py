@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -299,4 +300,5 @@ def _runner(
 
         graphs = not config.enforce_eager
         return GpuModelRunner(model, use_graphs=graphs, max_tokens=max_num_tokens, **options)
-    return ModelRunner(model, **options)
+    scope = cpu_ops.one_torch_thread if isinstance(platform.ops, cpu_ops.CpuOps) else nullcontext
+    return ModelRunner(model, step_scope=scope, **options)

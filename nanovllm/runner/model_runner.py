@@ -6,7 +6,8 @@ plan's input, and `PendingResult.wait` fetches it for the host. Knows no sequenc
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -70,10 +71,12 @@ class ModelRunner:
         max_model_len: int,
         stop_ids: tuple[int, ...] = (),
         bad_words: BadWords | None = None,
+        step_scope: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> None:
         c = model.config
         self.model = model
         self.device = device
+        self._step_scope = step_scope  # entered around the computation of every step
         # Not zeroed: unused slots are never read, and untouched pages cost nothing on a CPU.
         self.kv_cache = torch.empty(
             (c.num_layers, num_blocks, 2, c.num_kv_heads, block_size, c.head_dim),
@@ -86,6 +89,10 @@ class ModelRunner:
     @torch.inference_mode()
     def execute(self, plan: StepPlan) -> PendingResult:
         """Runs one plan; plans must come in the order in which the scheduler made them."""
+        with self._step_scope():
+            return self._execute(plan)
+
+    def _execute(self, plan: StepPlan) -> PendingResult:
         self.rows.apply(plan)
         batch = build_batch(plan, self.rows, self.device)
         try:
