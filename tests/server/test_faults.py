@@ -130,7 +130,7 @@ def test_a_slow_reader_delays_nobody(start: Callable[..., Live]) -> None:
 # --- faults inside of the engine ------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("error", [RuntimeError("boom /root/x"), torch.OutOfMemoryError("no")])
+@pytest.mark.parametrize("error", [RuntimeError("boom /a/path"), torch.OutOfMemoryError("no")])
 def test_a_failed_step_fails_its_requests_alone(
     start: Callable[..., Live], monkeypatch: pytest.MonkeyPatch, error: Exception
 ) -> None:
