@@ -32,7 +32,13 @@ from nanovllm.models import registry
 from nanovllm.models.config import DecoderConfig
 from nanovllm.models.decoder import Decoder
 from nanovllm.runner.loader import fill_dummy_weights, load_weights
-from nanovllm.runner.memory import CacheSize, check_weights_fit, fit_cache, free_memory
+from nanovllm.runner.memory import (
+    CacheSize,
+    check_context,
+    check_weights_fit,
+    fit_cache,
+    free_memory,
+)
 from nanovllm.runner.model_runner import ModelRunner
 from nanovllm.runner.sampler import BadWords
 from nanovllm.text.chat import ChatTemplate
@@ -98,6 +104,7 @@ def build_engine(config: EngineConfig, tracer: Tracer | None = None) -> Engine:
     started = time.monotonic()
     files = find_model(config.model)
     decoder = registry.read_config(files.config)
+    check_context(config, decoder)
     tokenizer = None if config.skip_tokenizer_init else files.tokenizer()
     block_size = config.block_size or DEFAULT_BLOCK_SIZE[choose_device(config.device).type]
     platform = choose_platform(config, decoder, block_size, files.config)

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from nanovllm.config import EngineConfig
-from nanovllm.errors import OutOfMemoryError
+from nanovllm.errors import ConfigError, OutOfMemoryError
 from nanovllm.models.config import DecoderConfig
 
 DEFAULT_CPU_KV_BYTES = 4 << 30
@@ -32,6 +32,15 @@ def block_bytes(config: DecoderConfig, block_size: int, dtype: torch.dtype) -> i
     """Bytes of one block: keys and values of every layer."""
     per_slot = 2 * config.num_layers * config.num_kv_heads * config.head_dim
     return per_slot * block_size * dtype.itemsize
+
+
+def check_context(engine: EngineConfig, model: DecoderConfig) -> None:
+    """Raises ConfigError if a context was asked for that the model was not made for."""
+    if engine.max_model_len is not None and engine.max_model_len > model.max_position:
+        raise ConfigError(
+            f"max_model_len is {engine.max_model_len}, but the model was made for "
+            f"{model.max_position} positions (max_position_embeddings in config.json)"
+        )
 
 
 def fit_cache(

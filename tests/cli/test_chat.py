@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import shutil
 import signal
 import sys
 from pathlib import Path
@@ -136,8 +137,12 @@ def test_in_a_terminal(tiny: Path, tmp_path: Path) -> None:
     env = {k: v for k, v in os.environ.items() if k != "NO_COLOR"}
     env |= {"XDG_STATE_HOME": str(tmp_path), "TERM": "xterm", "PYTHONUNBUFFERED": "1"}
     # The context is long enough that the answer surely runs when Ctrl-C comes.
-    arguments = ["-m", "nanovllm.cli.main", "chat", "--model", str(tiny), "--ignore-eos"]
-    arguments += ["--max-model-len", "60000", "--num-kv-blocks", "2000"]
+    model = tmp_path / "long"
+    shutil.copytree(tiny, model)
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 60000}))
+    arguments = ["-m", "nanovllm.cli.main", "chat", "--model", str(model), "--ignore-eos"]
+    arguments += ["--num-kv-blocks", "2000"]
     child = pexpect.spawn(sys.executable, arguments, env=env, timeout=60, encoding="utf-8",
                           codec_errors="replace", dimensions=(40, 120))  # fmt: skip
     child.expect("Ctrl-D leaves")

@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 import torch
 
-from nanovllm import LLM, EngineConfig, OutOfMemoryError
+from nanovllm import LLM, ConfigError, EngineConfig, OutOfMemoryError
 from nanovllm.models.config import DecoderConfig
 from nanovllm.models.registry import read_config
 from nanovllm.runner import memory
-from nanovllm.runner.memory import CacheSize, block_bytes, fit_cache
+from nanovllm.runner.memory import CacheSize, block_bytes, check_context, fit_cache
 
 RAW = {
     "architectures": ["LlamaForCausalLM"],
@@ -48,6 +48,12 @@ def test_no_more_than_can_be_used() -> None:
     assert fit(max_num_seqs=3) == CacheSize(3 * 7, 100)
     assert fit(max_num_seqs=3, max_model_len=33) == CacheSize(3 * 3, 33)
     assert fit(max_num_seqs=3, kv_cache_memory_bytes=1 << 40) == CacheSize(21, 100)
+
+
+def test_a_context_beyond_the_models_own_is_refused() -> None:
+    check_context(EngineConfig(max_model_len=100), MODEL)
+    with pytest.raises(ConfigError, match=r"101.*made for 100 positions"):
+        check_context(EngineConfig(max_model_len=101), MODEL)
 
 
 def test_asked_for_exactly() -> None:
