@@ -242,10 +242,7 @@ def bench_step(name: str) -> None:
                                     row_floats * 0)  # fmt: skip
         workspace = sampling.Workspace(num_seqs, VOCAB, CUDA)
         failed = torch.zeros(num_seqs, dtype=torch.bool, device=CUDA)
-        for pdl, prefetch in ((0, False), (1, False), (2, False), (1, True), (2, True)):
-            if num_seqs > 32 and pdl == 2:
-                continue
-            attention.PREFETCH = prefetch
+        for pdl in (False, True):
             forward = GpuForward(model, attend, pdl=pdl)
 
             def run(forward=forward, ids=ids, batch=batch, params=params, workspace=workspace,
@@ -257,7 +254,7 @@ def bench_step(name: str) -> None:
                 micros = tried(graph_time, run, 1)
             if micros:
                 kv = keys * c.num_layers * c.num_kv_heads * 128 * 4
-                report("step", micros, weights + kv, model=name, M=num_seqs, pdl=pdl, prefetch=prefetch,
+                report("step", micros, weights + kv, model=name, M=num_seqs, pdl=pdl,
                        tok_s=round(num_seqs * 1e6 / micros))  # fmt: skip
 
 

@@ -41,8 +41,8 @@ class EngineConfig:
                      where the KV cache is at most 4 GiB unless kv_cache_memory_bytes says more
     kv_cache_memory_bytes    exact budget of the KV cache instead
     num_kv_blocks    exact number of blocks instead (tests, simulations)
-    kv_cache_dtype   "auto": dtype; "fp8": 8-bit floats (e4m3), half the memory and bandwidth at
-                     some loss of precision (GPU only)
+    kv_cache_dtype   "auto": dtype; "fp8": 8-bit floats (e4m3), twice the tokens in the same
+                     memory at some loss of precision and speed (GPU only)
     enable_prefix_caching    reuse the KV blocks of equal prefixes
     enforce_eager    never capture CUDA graphs
     async_scheduling plan step N+1 while step N runs

@@ -60,7 +60,7 @@ class GpuForward:
     pdl: launch each fused kernel before the last one ends (compute capability 9.0).
     """
 
-    def __init__(self, model: Decoder, attention: TritonAttention, *, pdl: int) -> None:
+    def __init__(self, model: Decoder, attention: TritonAttention, *, pdl: bool) -> None:
         self.config = model.config
         self._embed, self._lm_head = model.embed, model.lm_head
         self._final_norm, self._cos_sin = model.final_norm, model.cos_sin

@@ -36,7 +36,7 @@ class KernelWarmUp:
         self._cache_dtype = cache_dtype
         self._block_size, self._max_model_len = block_size, max_model_len
         self._pool = ThreadPoolExecutor(NUM_THREADS, thread_name_prefix="nanovllm-compile")
-        self._pdl = int(torch.cuda.get_device_capability(device) >= (9, 0))
+        self._pdl = torch.cuda.get_device_capability(device) >= (9, 0)
         self._jobs: list[Future[None]] = [self._pool.submit(self._run, job) for job in self._all()]
 
     def wait(self) -> None:

@@ -107,3 +107,13 @@ def test_fp8_cache_changes_logprobs_a_little(directory):
         for token, entry in ours.items()
     ]
     assert 0 < sum(gaps) / len(gaps) < 0.1
+
+
+def test_demo_model_answers_as_on_the_cpu():
+    prompts = ["The capital of France is", "Once upon a time", "1 + 1 ="]
+    params = SamplingParams(temperature=0.0, max_tokens=24)
+    texts = []
+    for device in ("cpu", "cuda"):
+        with LLM("demo", device=device, dtype="float32", max_model_len=256) as llm:
+            texts.append([output.text for output in llm.generate(prompts, params, use_tqdm=False)])
+    assert texts[0] == texts[1]

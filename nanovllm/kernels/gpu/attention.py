@@ -2,8 +2,8 @@
 
 Both read the cache of one layer, [B, 2, G, P, D] contiguous, and leave slots outside a context
 unread or masked before use. A cache of 8-bit floats is widened to q's dtype in registers, so all
-arithmetic is that of the model's dtype. They know tensors alone. A batch that mixes both kinds of rows runs
-both kernels: each skips the other's rows, so nothing but shapes is decided on the host.
+arithmetic is that of the model's dtype. They know tensors alone. A batch that mixes both kinds of
+rows runs both kernels: each skips the other's rows, so nothing but shapes is decided on the host.
 
 Shape legend: T tokens, S sequences, H query heads, G KV heads, R = H / G, D head dim, B blocks,
 P slots a block, N columns of the block table.
@@ -22,9 +22,6 @@ from triton.language.extra import cuda as tl_cuda
 
 # A split shorter than this costs more to combine than it saves.
 MIN_SPLIT = tl.constexpr(128)
-EARLY = tl.constexpr(1)
-LATE = tl.constexpr(2)
-PREFETCH = True
 LOG2_E = math.log2(math.e)
 
 
@@ -38,14 +35,6 @@ def _tile_offsets(table_ptr, n, end, offs_n, group, P: tl.constexpr, G: tl.const
     position = n + offs_n
     block = tl.load(table_ptr + position // P, mask=position < end, other=0).to(tl.int64)
     return block * (2 * G * P * D) + group * (P * D) + (position % P) * D
-
-
-@triton.jit
-def _prefetch(ptrs):
-    tl.inline_asm_elementwise(
-        "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [ptrs.to(tl.int64, bitcast=True)],
-        dtype=tl.int32, is_pure=False, pack=1,
-    )  # fmt: skip
 
 
 @triton.jit
@@ -85,10 +74,10 @@ def _decode_kernel(
     cu_q_ptr, context_ptr, tables_ptr,
     q_stride, kv_stride, out_stride, table_stride,
     scale, eps, window,
-    G: tl.constexpr, R: tl.constexpr, R_PAD: tl.constexpr,
+    G: tl.constexpr, R: tl.constexpr, R_POW2: tl.constexpr, R_PAD: tl.constexpr,
     D: tl.constexpr, D_PAD: tl.constexpr, P: tl.constexpr, BLOCK_N: tl.constexpr,
     SPLITS: tl.constexpr, WINDOW: tl.constexpr,
-    FUSED: tl.constexpr, QK_NORM: tl.constexpr, PDL: tl.constexpr, PREFETCH: tl.constexpr,
+    FUSED: tl.constexpr, QK_NORM: tl.constexpr, PDL: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Grid (G, S, SPLITS): the R query heads of one KV head of one row, over a part of its keys.
@@ -101,8 +90,6 @@ def _decode_kernel(
     group = tl.program_id(0)
     seq = tl.program_id(1)
     split = tl.program_id(2)
-    if PDL == EARLY:
-        tl_cuda.gdc_launch_dependents()
     token = seq
     q_len = 1
     if not FUSED:
@@ -133,17 +120,10 @@ def _decode_kernel(
     stop = tl.minimum(start + chunk, end)
     offs_n = tl.arange(0, BLOCK_N)
     if PDL:
-        # Lengths, tables and cached keys are older than the kernel before: with few programs the
-        # keys can come to the L2 cache while it still runs.
-        if PREFETCH:
-            line = tl.arange(0, (D_PAD + 63) // 64)[None, :] * 64  # 128 bytes at 16 bits
-            for n in range(start, stop, BLOCK_N):
-                offset = _tile_offsets(table_ptr, n, stop, offs_n, group, P, G, D, BLOCK_N)
-                _prefetch(cache_ptr + offset[:, None] + line)
-                _prefetch(cache_ptr + G * P * D + offset[:, None] + line)
+        # Lengths and tables are older than the kernel before; what follows is not. The next
+        # kernel starts early only now, so it can rely on all but this one.
         tl_cuda.gdc_wait()
-        if PDL == LATE:
-            tl_cuda.gdc_launch_dependents()
+        tl_cuda.gdc_launch_dependents()
 
     q_row = q_ptr + token.to(tl.int64) * q_stride + group * R * D
     if FUSED:
@@ -205,20 +185,21 @@ def _decode_kernel(
         arrived = tl.atomic_add(counter_ptr + seq * G + group, 1, sem="acq_rel")
         if arrived != used - 1:
             return
+        # All parts of all R heads at once: one wait for memory.
         part = tl.arange(0, SPLITS)
-        live = part < used
-        for r in tl.static_range(R):  # all parts of a head at once: one wait for memory
-            index = ((seq * G + group) * R + r) * SPLITS + part
-            tops = tl.load(stats_ptr + index * 2, mask=live, other=float("-inf"),
-                           cache_modifier=".cg")
-            totals = tl.load(stats_ptr + index * 2 + 1, mask=live, other=0.0,
-                             cache_modifier=".cg")
-            parts = tl.load(partial_ptr + index[:, None] * D + d[None, :],
-                            mask=live[:, None] & (d < D)[None, :], other=0.0,
-                            cache_modifier=".cg")
-            gains = tl.exp2(tops - tl.max(tops, 0))
-            combined = tl.sum(parts * gains[:, None], 0) / tl.sum(totals * gains, 0)
-            tl.store(out_row + r * D + d, combined.to(out_ptr.dtype.element_ty), mask=d < D)
+        r = tl.arange(0, R_POW2)
+        spot = ((seq * G + group) * R + r[:, None]) * SPLITS + part[None, :]
+        live = (r < R)[:, None] & (part < used)[None, :]
+        tops = tl.load(stats_ptr + spot * 2, mask=live, other=-1e30, cache_modifier=".cg")
+        totals = tl.load(stats_ptr + spot * 2 + 1, mask=live, other=0.0, cache_modifier=".cg")
+        parts = tl.load(partial_ptr + spot[:, :, None] * D + d[None, None, :],
+                        mask=live[:, :, None] & (d < D)[None, None, :], other=0.0,
+                        cache_modifier=".cg")
+        gains = tl.exp2(tops - tl.max(tops, 1)[:, None])
+        weight = tl.sum(totals * gains, 1)  # 0 only past R
+        merged = tl.sum(parts * gains[:, :, None], 1) / tl.where(weight > 0, weight, 1.0)[:, None]
+        tl.store(out_row + r[:, None] * D + d[None, :], merged.to(out_ptr.dtype.element_ty),
+                 mask=(r < R)[:, None] & (d < D)[None, :])
         tl.store(counter_ptr + seq * G + group, 0)  # ready for the next launch
         return
     out = acc / total[:, None]
@@ -380,6 +361,7 @@ class DecodeWorkspace:
 
 
 MAX_SPLIT_PROGRAMS = 1024
+MAX_SPLITS = 16  # the last program holds all parts in registers
 TARGET_PROGRAMS = 528  # four on each of 132 multiprocessors
 
 
@@ -387,7 +369,7 @@ def num_splits(num_seqs: int, num_kv_heads: int, max_context_len: int) -> int:
     """Parts of each row's keys: more than one only where the grid would not fill the device."""
     wanted = TARGET_PROGRAMS // max(1, num_seqs * num_kv_heads)
     useful = -(-max_context_len // MIN_SPLIT.value)
-    limit = max(1, min(wanted, useful, 32, MAX_SPLIT_PROGRAMS // max(1, num_seqs)))
+    limit = max(1, min(wanted, useful, MAX_SPLITS, MAX_SPLIT_PROGRAMS // max(1, num_seqs)))
     return 1 << (limit.bit_length() - 1)  # a power of two: few variants to compile
 
 
@@ -410,7 +392,7 @@ def decode(
     out: Tensor,
     *,
     new: FusedInputs | None = None,
-    pdl: int = 0,
+    pdl: bool = False,
     tile: tuple[int, int, int] | None = None,
 ) -> Tensor:
     """Attention of every row with one query; q and out [T, H, D], other rows stay untouched.
@@ -431,9 +413,9 @@ def decode(
         cu_q_lens, context_lens, block_tables,
         q.stride(0), f.k.stride(0), out.stride(0), block_tables.stride(0),
         scale * LOG2_E, f.eps, window or 0,
-        groups, ratio, max(16, triton.next_power_of_2(ratio)), dim, dim_pad, slots, keys,
-        splits, window is not None, new is not None, f.q_norm is not None, pdl,
-        bool(pdl) and splits > 1 and PREFETCH, precision(q),
+        groups, ratio, triton.next_power_of_2(ratio), max(16, triton.next_power_of_2(ratio)),
+        dim, dim_pad, slots, keys, splits, window is not None, new is not None,
+        f.q_norm is not None, pdl, precision(q),
         num_warps=warps, num_stages=stages, **options,
     )  # fmt: skip
     return out

@@ -23,14 +23,10 @@ def max_rows(hidden_size: int) -> int:
     return 4 if hidden_size <= 2048 else 1
 
 
-def _tile(k_pad: int, gated: bool) -> tuple[int, int]:
-    """(weight rows a program, warps): 64 weights, for long rows 128, in each thread's registers."""
-    elements, warps = (8192, 4) if k_pad <= 2048 else (16384, 4)
-    if k_pad > 4096:
-        elements, warps = 32768, 8
-    elif k_pad == 4096:
-        warps = 8 if not gated else 4
-    return max(1, elements // k_pad // (2 if gated else 1)), warps
+def _tile(k: int, gated: bool) -> tuple[int, int]:
+    """(weight rows a program, warps): 128 weights in each thread's registers measured best."""
+    elements, warps = (16384, 4) if k <= 3072 else (32768, 8)
+    return max(1, elements // triton.next_power_of_2(k) // (2 if gated else 1)), warps
 
 
 @triton.jit
@@ -59,8 +55,6 @@ def _linear_kernel(
     n_mask = n < N
     w_mask = n_mask[:, None] & (k < K)[None, :]
     w_ptrs = w_ptr + n.to(tl.int64)[:, None] * K + k[None, :]
-    if PDL == 1:
-        tl_cuda.gdc_launch_dependents()
     w = tl.load(w_ptrs, mask=w_mask, other=0.0, eviction_policy="evict_first")
     if GATED:
         up = tl.load(w_ptrs + N * K, mask=w_mask, other=0.0, eviction_policy="evict_first")
@@ -70,8 +64,7 @@ def _linear_kernel(
         bias = tl.load(bias_ptr + n, mask=n_mask, other=0.0).to(tl.float32)
     if PDL:
         tl_cuda.gdc_wait()
-        if PDL == 2:
-            tl_cuda.gdc_launch_dependents()
+        tl_cuda.gdc_launch_dependents()
     dtype: tl.constexpr = x_ptr.dtype.element_ty
     for m in range(M):
         x = tl.load(x_ptr + m * K + k, mask=k < K, other=0.0).to(tl.float32)
@@ -99,7 +92,7 @@ def linear(
     bias: Tensor | None = None,
     gated: bool = False,
     residual: Tensor | None = None,
-    pdl: int = 0,
+    pdl: bool = False,
     tile: tuple[int, int] | None = None,
 ) -> Tensor:
     """x [M, K] contiguous, M small -> out [M, N], which may be `residual` itself.
@@ -112,7 +105,7 @@ def linear(
     assert all(t.is_contiguous() for t in (x, weight, out)), "rows must follow one another"
     assert bias is None or not gated, "gated products take no bias"
     k_pad = triton.next_power_of_2(k)
-    block_n, warps = tile or _tile(k_pad, gated)
+    block_n, warps = tile or _tile(k, gated)
     options = {"launch_pdl": True} if pdl else {}
     _linear_kernel[(triton.cdiv(n, block_n),)](
         x, norm, weight, bias, out if residual is None else residual, out, m, n, eps,
