@@ -8,7 +8,8 @@ The model has the shape of SmolLM-135M in bfloat16; the 32 requests are the work
 padded on the left, sorted by output length or in order, where only tokens that were asked for
 count; batch-1 decoding of both; and our engine with the prefix cache on and off when all prompts
 share 384 tokens. After one exploring pass over the static batches (with a quarter of all lengths),
-every round measures everything once in turn; medians over the rounds count, ratios are medians of each round's ratio.
+every round measures everything once in turn; medians over the rounds count, ratios are medians
+of each round's ratio.
 """
 
 from __future__ import annotations

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,7 +25,7 @@ from nanovllm.models import registry
 from nanovllm.outputs import RequestOutput
 from nanovllm.sampling_params import SamplingParams
 
-SHIFT = 1009  # a repeat's ids: coprime to everything here, so that prompts differ from the start
+SHIFT = 1009  # a run's ids: coprime to everything here, so that prompts differ from the start
 WARM_UP_TOKENS = 4
 DEFAULT_CONTEXT = 4096
 COLD_START = (
@@ -78,10 +79,11 @@ def run_cases(
         tell("measuring the machine's ceilings ...")
         ceilings = measure_ceilings(torch.device(llm.info.device), dtype)
         results = []
+        shifts = itertools.count(0, SHIFT)  # cases may share prompts: no run finds another's cached
         for case in cases:
             tell(f"{case.name} ...")
             work = work_of(case, model, dtype.itemsize, llm.info.max_num_seqs)
-            results.append(_time_case(llm, case, repeats, work.seconds(ceilings)))
+            results.append(_time_case(llm, case, repeats, shifts, work.seconds(ceilings)))
         return Report(llm.info, ceilings, results)
 
 
@@ -94,13 +96,13 @@ def _check_lengths(cases: Sequence[Case], limit: int) -> None:
         )
 
 
-def _time_case(llm: LLM, case: Case, repeats: int, least: float) -> Result:
+def _time_case(llm: LLM, case: Case, repeats: int, shifts: Iterator[int], least: float) -> Result:
     vocab = llm.info.vocab_size
-    warm_up = case.shifted(-SHIFT, vocab)
+    warm_up = case.shifted(next(shifts), vocab)
     generate(llm, warm_up, max_tokens=WARM_UP_TOKENS)
     seconds, outputs = [], []
-    for repeat in range(repeats):
-        shifted = case.shifted(repeat * SHIFT, vocab)
+    for _ in range(repeats):
+        shifted = case.shifted(next(shifts), vocab)
         begin = time.perf_counter()
         outputs = generate(llm, shifted)
         seconds.append(time.perf_counter() - begin)

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from nanovllm.bench import shapes, workloads
+from nanovllm.bench.offline import run_cases
 from nanovllm.bench.report import table
 from nanovllm.bench.roofline import Ceilings, Work, layer_parameters, work_of
 from nanovllm.models import registry
@@ -130,6 +131,13 @@ def test_a_run_reports_everything(cli: Any, tiny: Path, tmp_path: Path) -> None:
     assert len(first["seconds"]) == 2
     assert first["value"] == pytest.approx(first["num_output_tokens"] * 2 / sum(first["seconds"]))
     assert first["num_cached_tokens"] == 0
+
+
+def test_cases_with_the_same_prompts_share_no_cache(tiny: Path) -> None:
+    case = workloads.Case("same", (workloads.Request(tuple(range(100)), 2),))
+    options = {"model": str(tiny), "block_size": 16, "dtype": "float32"}
+    report = run_cases([case, case], options, repeats=2)
+    assert [result.num_cached_tokens for result in report.results] == [0, 0]
 
 
 def test_a_shape_needs_no_weights(cli: Any) -> None:
