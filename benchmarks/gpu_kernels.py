@@ -245,8 +245,14 @@ def bench_step(name: str) -> None:
         for pdl in (False, True):
             forward = GpuForward(model, attend, pdl=pdl)
 
-            def run(forward=forward, ids=ids, batch=batch, params=params, workspace=workspace,
-                    failed=failed):
+            def run(
+                forward=forward,
+                ids=ids,
+                batch=batch,
+                params=params,
+                workspace=workspace,
+                failed=failed,
+            ):
                 logits = forward.logits(forward.hidden(ids, batch, cache))
                 sampling.choose(logits, params, workspace, ids, failed, restricted=False)
 

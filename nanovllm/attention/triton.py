@@ -76,8 +76,6 @@ class TritonAttention:
             self._kernels.prefill(q, *common, out, skip_single=True)
             if len(q) <= batch.max_q_len:
                 return out  # one row
-        splits = self._kernels.num_splits(
-            batch.num_seqs, kv_cache.shape[2], batch.max_context_len
-        )
+        splits = self._kernels.num_splits(batch.num_seqs, kv_cache.shape[2], batch.max_context_len)
         workspace = self.workspace(q.shape[1], q.shape[2], q.device)
         return self._kernels.decode(q, *common, workspace, splits, out)

@@ -111,9 +111,7 @@ class GpuForward:
         attended = self._attend_new(layer, qkv, batch, kv_cache, window)
         linear(attended, layer.o, residual, bias=layer.o_bias, residual=residual, pdl=pdl)
         active = residual.new_empty((rows, c.intermediate_size))
-        linear(
-            residual, layer.gate_up, active, norm=layer.post_norm, eps=eps, gated=True, pdl=pdl
-        )
+        linear(residual, layer.gate_up, active, norm=layer.post_norm, eps=eps, gated=True, pdl=pdl)
         linear(active, layer.down, residual, bias=layer.down_bias, residual=residual, pdl=pdl)
 
     def _many_rows(

@@ -327,22 +327,24 @@ class GpuModelRunner(ModelRunner):
         slots = rows.block_tables[row_of_token, positions // size].astype(np.int64) * size
         columns = -(-int(context.max()) // size)
         lines = ids[samples]
-        views = self._uploader.send_arrays([
-            _padded(slots + positions % size, num_tokens, -1),
-            _padded(positions, num_tokens, 0),
-            _padded(cu[1:][samples] - 1, num_rows, 0),
-            _padded(s.seed[lines], num_rows, 0),
-            _padded(row_of_token.astype(np.int32), num_tokens, 0),
-            _padded(cu.astype(np.int32), num_rows + 1, int(cu[-1])),
-            _padded(context.astype(np.int32), num_rows, 0),
-            _padded(context[samples].astype(np.int32), num_rows, 0),
-            _padded(s.top_k[lines], num_rows, 0),
-            *(_padded(values, num_rows, 0) for values in s.floats[:, lines]),
-            _padded(lines.astype(np.int32), num_rows, -1),
-            _padded(ids.astype(np.int32), num_rows, -1),
-            np.array([columns], np.int32),
-            rows.block_tables[ids, :columns],
-        ])
+        views = self._uploader.send_arrays(
+            [
+                _padded(slots + positions % size, num_tokens, -1),
+                _padded(positions, num_tokens, 0),
+                _padded(cu[1:][samples] - 1, num_rows, 0),
+                _padded(s.seed[lines], num_rows, 0),
+                _padded(row_of_token.astype(np.int32), num_tokens, 0),
+                _padded(cu.astype(np.int32), num_rows + 1, int(cu[-1])),
+                _padded(context.astype(np.int32), num_rows, 0),
+                _padded(context[samples].astype(np.int32), num_rows, 0),
+                _padded(s.top_k[lines], num_rows, 0),
+                *(_padded(values, num_rows, 0) for values in s.floats[:, lines]),
+                _padded(lines.astype(np.int32), num_rows, -1),
+                _padded(ids.astype(np.int32), num_rows, -1),
+                np.array([columns], np.int32),
+                rows.block_tables[ids, :columns],
+            ]
+        )
         slot_mapping, at, last, seed, token_rows, cu_q, context_lens = views[:7]
         position, top_k, temperature, top_p, min_p, line_rows, row_ids, width, tables = views[7:]
         batch = AttentionBatch(

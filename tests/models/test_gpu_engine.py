@@ -101,9 +101,7 @@ def test_fp8_cache_changes_logprobs_a_little(directory):
     gaps = [
         abs(entry.logprob - theirs[token].logprob)
         for exact, rounded in zip(*found, strict=True)
-        for ours, theirs in zip(
-            rounded.prompt_logprobs[1:], exact.prompt_logprobs[1:], strict=True
-        )
+        for ours, theirs in zip(rounded.prompt_logprobs[1:], exact.prompt_logprobs[1:], strict=True)
         for token, entry in ours.items()
     ]
     assert 0 < sum(gaps) / len(gaps) < 0.1

@@ -26,8 +26,17 @@ LOG2_E = math.log2(math.e)
 
 
 @triton.jit
-def _tile_offsets(table_ptr, n, end, offs_n, group, P: tl.constexpr, G: tl.constexpr,
-                  D: tl.constexpr, BLOCK_N: tl.constexpr):
+def _tile_offsets(
+    table_ptr,
+    n,
+    end,
+    offs_n,
+    group,
+    P: tl.constexpr,
+    G: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
     """Element offsets of the keys at positions n + offs_n; those past `end` point at block 0."""
     if P % BLOCK_N == 0:  # the whole tile lies in one block
         block = tl.load(table_ptr + n // P).to(tl.int64)
@@ -38,8 +47,19 @@ def _tile_offsets(table_ptr, n, end, offs_n, group, P: tl.constexpr, G: tl.const
 
 
 @triton.jit
-def _normed_rotated(x_ptr, norm_ptr, cos_sin_ptr, position, rows, row_mask, stride, eps,
-                    D: tl.constexpr, D_PAD: tl.constexpr, QK_NORM: tl.constexpr):
+def _normed_rotated(
+    x_ptr,
+    norm_ptr,
+    cos_sin_ptr,
+    position,
+    rows,
+    row_mask,
+    stride,
+    eps,
+    D: tl.constexpr,
+    D_PAD: tl.constexpr,
+    QK_NORM: tl.constexpr,
+):
     """Head vectors [rows, D_PAD]: RMSNorm if QK_NORM, then the rotation, in x's own dtype."""
     half: tl.constexpr = D // 2
     d = tl.arange(0, D_PAD)
@@ -128,12 +148,24 @@ def _decode_kernel(
     q_row = q_ptr + token.to(tl.int64) * q_stride + group * R * D
     if FUSED:
         position = context - 1
-        q = _normed_rotated(q_row, q_norm_ptr, cos_sin_ptr, position, heads, head_mask, D, eps,
-                            D, D_PAD, QK_NORM)
+        q = _normed_rotated(
+            q_row, q_norm_ptr, cos_sin_ptr, position, heads, head_mask, D, eps, D, D_PAD, QK_NORM
+        )
         one = tl.arange(0, 1)
         new_row = token.to(tl.int64) * kv_stride + group * D
-        k_new = _normed_rotated(k_ptr + new_row, k_norm_ptr, cos_sin_ptr, position, one, one == 0,
-                                0, eps, D, D_PAD, QK_NORM)
+        k_new = _normed_rotated(
+            k_ptr + new_row,
+            k_norm_ptr,
+            cos_sin_ptr,
+            position,
+            one,
+            one == 0,
+            0,
+            eps,
+            D,
+            D_PAD,
+            QK_NORM,
+        )
         v_new = tl.load(v_ptr + new_row + d, mask=d < D, other=0.0)[None, :]
         # From here on the new key and value are what the cache holds, rounded as it rounds.
         k_new = k_new.to(cache_ptr.dtype.element_ty)
@@ -169,10 +201,12 @@ def _decode_kernel(
         weights = tl.exp2(scores - new_top[:, None])
         shrink = tl.exp2(top - new_top)
         total = total * shrink + tl.sum(weights, 1)
-        values = tl.load(cache_ptr + G * P * D + offset[:, None] + d[None, :], mask=kv_mask,
-                         other=0.0).to(q.dtype)
-        acc = tl.dot(weights.to(values.dtype), values, acc * shrink[:, None],
-                     input_precision=PRECISION)
+        values = tl.load(
+            cache_ptr + G * P * D + offset[:, None] + d[None, :], mask=kv_mask, other=0.0
+        ).to(q.dtype)
+        acc = tl.dot(
+            weights.to(values.dtype), values, acc * shrink[:, None], input_precision=PRECISION
+        )
         top = new_top
 
     out_row = out_ptr + token.to(tl.int64) * out_stride + group * R * D
@@ -192,19 +226,26 @@ def _decode_kernel(
         live = (r < R)[:, None] & (part < used)[None, :]
         tops = tl.load(stats_ptr + spot * 2, mask=live, other=-1e30, cache_modifier=".cg")
         totals = tl.load(stats_ptr + spot * 2 + 1, mask=live, other=0.0, cache_modifier=".cg")
-        parts = tl.load(partial_ptr + spot[:, :, None] * D + d[None, None, :],
-                        mask=live[:, :, None] & (d < D)[None, None, :], other=0.0,
-                        cache_modifier=".cg")
+        parts = tl.load(
+            partial_ptr + spot[:, :, None] * D + d[None, None, :],
+            mask=live[:, :, None] & (d < D)[None, None, :],
+            other=0.0,
+            cache_modifier=".cg",
+        )
         gains = tl.exp2(tops - tl.max(tops, 1)[:, None])
         weight = tl.sum(totals * gains, 1)  # 0 only past R
         merged = tl.sum(parts * gains[:, :, None], 1) / tl.where(weight > 0, weight, 1.0)[:, None]
-        tl.store(out_row + r[:, None] * D + d[None, :], merged.to(out_ptr.dtype.element_ty),
-                 mask=(r < R)[:, None] & (d < D)[None, :])
+        tl.store(
+            out_row + r[:, None] * D + d[None, :],
+            merged.to(out_ptr.dtype.element_ty),
+            mask=(r < R)[:, None] & (d < D)[None, :],
+        )
         tl.store(counter_ptr + seq * G + group, 0)  # ready for the next launch
         return
     out = acc / total[:, None]
-    tl.store(out_row + heads[:, None] * D + d[None, :], out.to(out_ptr.dtype.element_ty),
-             mask=hd_mask)
+    tl.store(
+        out_row + heads[:, None] * D + d[None, :], out.to(out_ptr.dtype.element_ty), mask=hd_mask
+    )
 
 
 @triton.jit
@@ -244,8 +285,9 @@ def _prefill_tiles(
         weights = tl.exp2(scores - safe_top[:, None])
         shrink = tl.exp2(top - safe_top)
         total = total * shrink + tl.sum(weights, 1)
-        acc = tl.dot(weights.to(values.dtype), values, acc * shrink[:, None],
-                     input_precision=PRECISION)
+        acc = tl.dot(
+            weights.to(values.dtype), values, acc * shrink[:, None], input_precision=PRECISION
+        )
         top = new_top
     return acc, total, top
 
@@ -288,8 +330,9 @@ def _prefill_kernel(
     mask = (query < q_len) & (row % R_PAD < R)
     mask_2d = mask[:, None] & (d < D)[None, :]
     rows = (begin + query).to(tl.int64)
-    q = tl.load(q_ptr + rows[:, None] * q_stride + (head * D)[:, None] + d[None, :], mask=mask_2d,
-                other=0.0)
+    q = tl.load(
+        q_ptr + rows[:, None] * q_stride + (head * D)[:, None] + d[None, :], mask=mask_2d, other=0.0
+    )
     positions = context - q_len + query
     table_ptr = tables_ptr + seq.to(tl.int64) * table_stride
     last = tl.minimum(first_query + BLOCK_Q, q_len) - 1
@@ -313,8 +356,11 @@ def _prefill_kernel(
         acc, total, top, q, positions, cache_ptr, table_ptr, full, stop, first_of_row, group,
         scale, G, D, D_PAD, P, BLOCK_N, True, PRECISION)  # fmt: skip
     out = acc / tl.where(total > 0, total, 1.0)[:, None]  # rows past the end saw no key
-    tl.store(out_ptr + rows[:, None] * out_stride + (head * D)[:, None] + d[None, :],
-             out.to(out_ptr.dtype.element_ty), mask=mask_2d)
+    tl.store(
+        out_ptr + rows[:, None] * out_stride + (head * D)[:, None] + d[None, :],
+        out.to(out_ptr.dtype.element_ty),
+        mask=mask_2d,
+    )
 
 
 @triton.jit

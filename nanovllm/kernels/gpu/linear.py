@@ -78,8 +78,9 @@ def _linear_kernel(
             y = tl.sum(up.to(tl.float32) * x[None, :], 1) * scale
         if BIAS:
             y += bias
-        _finish(y, gate, residual_ptr + m * N + n, out_ptr + m * N + n, n_mask, dtype, GATED,
-                RESIDUAL)
+        _finish(
+            y, gate, residual_ptr + m * N + n, out_ptr + m * N + n, n_mask, dtype, GATED, RESIDUAL
+        )
 
 
 def linear(

@@ -13,8 +13,19 @@ from torch import Tensor
 
 
 @triton.jit
-def _prepare_kernel(tokens_ptr, row_ptr, context_ptr, columns_ptr, packed_ptr, ids_ptr, tables_ptr,
-                    tokens_stride, tables_stride, P: tl.constexpr, BLOCK: tl.constexpr):
+def _prepare_kernel(
+    tokens_ptr,
+    row_ptr,
+    context_ptr,
+    columns_ptr,
+    packed_ptr,
+    ids_ptr,
+    tables_ptr,
+    tokens_stride,
+    tables_stride,
+    P: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     """Grid (S): the row's last token, and its blocks from the packed tables."""
     line = tl.program_id(0)
     row = tl.load(row_ptr + line).to(tl.int64)
@@ -27,8 +38,9 @@ def _prepare_kernel(tokens_ptr, row_ptr, context_ptr, columns_ptr, packed_ptr, i
     for start in range(0, used, BLOCK):
         column = start + tl.arange(0, BLOCK)
         blocks = tl.load(packed_ptr + line * columns + column, mask=column < used)
-        tl.store(tables_ptr + line.to(tl.int64) * tables_stride + column, blocks,
-                 mask=column < used)
+        tl.store(
+            tables_ptr + line.to(tl.int64) * tables_stride + column, blocks, mask=column < used
+        )
 
 
 def prepare(
@@ -53,8 +65,16 @@ def prepare(
 
 
 @triton.jit
-def _gather_kernel(tokens_ptr, row_ptr, position_ptr, slot_ptr, ids_ptr, tokens_stride, num_tokens,
-                   BLOCK: tl.constexpr):
+def _gather_kernel(
+    tokens_ptr,
+    row_ptr,
+    position_ptr,
+    slot_ptr,
+    ids_ptr,
+    tokens_stride,
+    num_tokens,
+    BLOCK: tl.constexpr,
+):
     """Grid (tiles of T)."""
     t = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = t < num_tokens

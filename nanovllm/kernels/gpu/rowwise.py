@@ -16,8 +16,18 @@ from triton.language.extra import cuda as tl_cuda
 
 
 @triton.jit
-def _norm_kernel(x_ptr, residual_ptr, weight_ptr, out_ptr, x_stride, eps,
-                 K: tl.constexpr, K_PAD: tl.constexpr, ADD: tl.constexpr, PDL: tl.constexpr):
+def _norm_kernel(
+    x_ptr,
+    residual_ptr,
+    weight_ptr,
+    out_ptr,
+    x_stride,
+    eps,
+    K: tl.constexpr,
+    K_PAD: tl.constexpr,
+    ADD: tl.constexpr,
+    PDL: tl.constexpr,
+):
     """Grid (rows): residual += x if ADD, then RMSNorm times weight."""
     row = tl.program_id(0).to(tl.int64)
     k = tl.arange(0, K_PAD)
@@ -98,8 +108,19 @@ def silu_mul(gate_up: Tensor, *, pdl: bool = False) -> Tensor:
 
 
 @triton.jit
-def _rotate(x_ptr, norm_ptr, cos, sin, heads, mask, stride, eps, D: tl.constexpr,
-            HALF: tl.constexpr, QK_NORM: tl.constexpr):
+def _rotate(
+    x_ptr,
+    norm_ptr,
+    cos,
+    sin,
+    heads,
+    mask,
+    stride,
+    eps,
+    D: tl.constexpr,
+    HALF: tl.constexpr,
+    QK_NORM: tl.constexpr,
+):
     """Both halves [heads, HALF] of head vectors: norm, then rotation, in x's dtype."""
     half: tl.constexpr = D // 2
     d = tl.arange(0, HALF)
@@ -160,8 +181,9 @@ def _rope_store_kernel(
             tl.store(target + half, second.to(stored), mask=k_mask)
             v = v_ptr + token * v_stride + g[:, None] * D + d[None, :]
             tl.store(target + G * P * D, tl.load(v, mask=k_mask).to(stored), mask=k_mask)
-            tl.store(target + G * P * D + half, tl.load(v + half, mask=k_mask).to(stored),
-                     mask=k_mask)
+            tl.store(
+                target + G * P * D + half, tl.load(v + half, mask=k_mask).to(stored), mask=k_mask
+            )
     else:
         tl.store(k_row + g[:, None] * D + d[None, :], first, mask=k_mask)
         tl.store(k_row + g[:, None] * D + half + d[None, :], second, mask=k_mask)

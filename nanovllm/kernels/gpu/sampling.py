@@ -58,8 +58,9 @@ def _choose_kernel(
     line = tl.program_id(0)
     tile = tl.program_id(1)
     token = tile * TILE + tl.arange(0, TILE)
-    x = tl.load(logits_ptr + line.to(tl.int64) * logits_stride + token, mask=token < V,
-                other=float("-inf")).to(tl.float32)
+    x = tl.load(
+        logits_ptr + line.to(tl.int64) * logits_stride + token, mask=token < V, other=float("-inf")
+    ).to(tl.float32)
     broken = tl.max(((x != x) | (x == float("inf"))).to(tl.int32), 0)
     if THRESHOLD:
         x = tl.where(x >= tl.load(threshold_ptr + line), x, float("-inf"))
@@ -76,8 +77,12 @@ def _choose_kernel(
     if tl.atomic_add(counter_ptr + line, 1, sem="acq_rel") != num_tiles - 1:
         return
     t = tl.arange(0, TILES_PAD)
-    bests = tl.load(best_ptr + line * num_tiles + t, mask=t < num_tiles, other=float("-inf"),
-                    cache_modifier=".cg")
+    bests = tl.load(
+        best_ptr + line * num_tiles + t,
+        mask=t < num_tiles,
+        other=float("-inf"),
+        cache_modifier=".cg",
+    )
     winner = tl.argmax(bests, 0)
     top = tl.max(bests, 0)
     chosen = tl.load(index_ptr + line * num_tiles + winner, cache_modifier=".cg")
