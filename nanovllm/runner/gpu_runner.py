@@ -25,7 +25,7 @@ from nanovllm.runner.cuda_graph import TOKEN_BUCKETS, GraphCache, bucket_of, tok
 from nanovllm.runner.gpu_forward import GpuForward
 from nanovllm.runner.gpu_staging import Download, Downloader, Uploader
 from nanovllm.runner.model_runner import ModelRunner
-from nanovllm.runner.sampler import token_logprobs
+from nanovllm.runner.sampler import MIN_TEMPERATURE, token_logprobs
 from nanovllm.sampling_params import SamplingParams
 
 HEADER = 2  # words before the rows of a single-token step: columns of its tables, and padding
@@ -63,7 +63,8 @@ class RowSampling:
 
     def start(self, new: NewRow) -> None:
         row, p = new.row, new.params
-        self.floats[:, row] = p.temperature, p.top_p, p.min_p
+        temperature = 0.0 if p.greedy else max(p.temperature, MIN_TEMPERATURE)
+        self.floats[:, row] = temperature, p.top_p, p.min_p
         self.top_k[row] = max(0, p.top_k)
         self.seed[row] = np.uint64(new.seed & (2**64 - 1)).astype(np.int64)
         self.restricted[row] = is_restricted(p)
