@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator
 from difflib import get_close_matches
@@ -152,11 +153,11 @@ class Chat:
         say("no system message" if text is None else f"system: {text}")
 
     def _set(self, argument: str) -> None:
-        name, _, value = argument.replace("=", " ").partition(" ")
-        if name and not value.strip():
+        name, *values = re.split(r"[\s=]+", argument, maxsplit=1)  # a value may hold both
+        if name and not any(values):
             raise ChatError(f"/set {name} needs a value")
         if name:
-            self._conversation.set(name.replace("-", "_"), value.strip())
+            self._conversation.set(name.replace("-", "_"), values[0])
         for key, current in self._conversation.sampling.items():
             say(f"  {key} = {current}")
 

@@ -53,9 +53,7 @@ class Conversation:
             raise ChatError(f"there is no sampling option {name!r}; {hint}")
         try:
             changed = self.sampling | {name: convert(SamplingParams, name, text)}
-            if changed.get("n", 1) != 1:
-                raise ChatError("a chat has one answer: n stays 1")
-            SamplingParams.from_kwargs(**changed)
+            _check_sampling(changed)
         except (InvalidRequestError, ValueError, argparse.ArgumentTypeError) as error:
             raise ChatError(str(error)) from None
         self.sampling = changed
@@ -99,11 +97,22 @@ class Conversation:
             state = json.loads(path.read_text(encoding="utf-8"))
             messages = [{"role": m["role"], "content": m["content"]} for m in state["messages"]]
             if not all(isinstance(text, str) for m in messages for text in m.values()):
-                raise ChatError(f"{path} holds no saved chat: a message is no text")
+                raise ValueError("a message is no text")
+            system = state.get("system")
+            if not (system is None or isinstance(system, str)):
+                raise ValueError("the system message is no text")
             sampling = dict(state["sampling"])
             if sampling.get("logit_bias"):  # JSON keys are strings
-                sampling["logit_bias"] = {int(i): b for i, b in sampling["logit_bias"].items()}
-            SamplingParams.from_kwargs(**sampling)
+                biases = dict(sampling["logit_bias"])
+                sampling["logit_bias"] = {int(i): bias for i, bias in biases.items()}
+            _check_sampling(sampling)
         except (ValueError, KeyError, TypeError) as error:
             raise ChatError(f"{path} holds no saved chat: {error}") from None
-        self.system, self.messages, self.sampling = state.get("system"), messages, sampling
+        self.system, self.messages, self.sampling = system, messages, sampling
+
+
+def _check_sampling(sampling: dict[str, Any]) -> None:
+    """Raises InvalidRequestError for what no chat can have."""
+    if sampling.get("n", 1) != 1:
+        raise InvalidRequestError("a chat has one answer: n stays 1")
+    SamplingParams.from_kwargs(**sampling)

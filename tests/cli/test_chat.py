@@ -76,6 +76,15 @@ def test_wrong_commands_are_answered_and_change_nothing(talk: Any) -> None:
     assert "8 tokens" in result.err
 
 
+def test_a_value_keeps_its_spaces_and_equals_signs(talk: Any, tmp_path: Path) -> None:
+    lines = ("/set logit_bias 50=-100,31=5", "/set stop a=b c", "/set top-p = 0.5", "/set min_p=0.1")
+    talk(*lines, f"/save {tmp_path / 'c'}")
+    sampling = json.loads((tmp_path / "c").read_text())["sampling"]
+    assert sampling["logit_bias"] == {"50": -100, "31": 5}
+    assert sampling["stop"] == ["a=b c"]
+    assert (sampling["top_p"], sampling["min_p"]) == (0.5, 0.1)
+
+
 def test_a_saved_chat_goes_on(talk: Any, tmp_path: Path) -> None:
     file = str(tmp_path / "chat.json")
     talk("/system be", "/set temperature 0.5", "hello", f"/save {file}")
@@ -87,10 +96,22 @@ def test_a_saved_chat_goes_on(talk: Any, tmp_path: Path) -> None:
     assert [m["role"] for m in before["messages"]] == ["user", "assistant"]
 
 
+NO_CHATS: list[dict[str, Any]] = [
+    {"messages": [], "sampling": {"top_p": 3}},
+    {"messages": [], "sampling": {"n": 2}},
+    {"messages": [], "sampling": {"logit_bias": [1]}},
+    {"messages": [], "sampling": {"logit_bias": {"1": "x"}}},
+    {"messages": [], "sampling": {}, "system": 5},
+    {"messages": [{"role": "user", "content": 5}], "sampling": {}},
+]
+
+
 def test_a_file_that_is_no_chat_is_refused(talk: Any, tmp_path: Path) -> None:
-    for text in ("", "[]", '{"messages": [1]}', '{"messages": [], "sampling": {"top_p": 3}}'):
+    for text in ("", "[]", '{"messages": [1]}', *map(json.dumps, NO_CHATS)):
         (tmp_path / "bad").write_text(text)
-        assert "holds no saved chat" in talk(f"/load {tmp_path / 'bad'}").err
+        result = talk(f"/load {tmp_path / 'bad'}")
+        assert "holds no saved chat" in result.err, text
+        assert result.status == 0
     assert talk("hi", flags=("--load", str(tmp_path / "bad"))).status == 1
 
 
