@@ -66,6 +66,14 @@ class Case:
         return replace(self, requests=requests, shared_prefix=shared)
 
 
+def quick(num_requests: int | None = None) -> list[Case]:
+    """8 prompts of 32-128, 64 out: seconds on two CPU cores with the model in the package."""
+    rng = random.Random(0)
+    count = 8 if num_requests is None else num_requests
+    requests = tuple(Request(_ids(rng, rng.randint(32, 128)), 64) for _ in range(count))
+    return [Case("quick", requests)]
+
+
 def nano(num_requests: int | None = None) -> list[Case]:
     """nano-vllm's benchmark: 256 prompts of 100-1024 ids, 100-1024 out, temperature 0.6."""
     rng = random.Random(0)
@@ -106,6 +114,7 @@ def smollm(num_requests: int | None = None, shared_prefix: int = 0) -> list[Case
 
 
 WORKLOADS: dict[str, Callable[..., list[Case]]] = {
+    "quick": quick,
     "nano": nano,
     "batch": batch,
     "prefill": prefill,

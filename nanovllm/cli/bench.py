@@ -20,7 +20,9 @@ from nanovllm.bench.shapes import SHAPES, find_shape, write_shape
 from nanovllm.cli.flags import Parser, add_engine_flags, given, refuse
 from nanovllm.cli.terminal import InterruptFlag, Status, say
 
+DEFAULT = "quick"
 COLD_START = "cold-start"
+SINGLE = ("first-token", COLD_START)  # one request, whatever is asked for
 NAMES = (*workloads.WORKLOADS, COLD_START)
 
 
@@ -29,14 +31,23 @@ def add_arguments(parser: Parser) -> None:
         f"{name}: {' '.join((w.__doc__ or '').split())}" for name, w in workloads.WORKLOADS.items()
     ]
     words.append(f"{COLD_START}: From process start to the first token.")
-    parser.add_argument("workload", nargs="+", metavar="WORKLOAD", help=" ".join(words))
+    parser.add_argument(
+        "workload",
+        nargs="*",
+        default=[DEFAULT],
+        metavar="WORKLOAD",
+        help=f"one or more, {DEFAULT} if none is named. {' '.join(words)}",
+    )
     parser.add_argument(
         "--shape",
         metavar="NAME",
         help=f"random weights in the shape of a model: {', '.join(SHAPES)}",
     )
     parser.add_argument(
-        "--num-requests", type=int, metavar="N", help="instead of the workload's own number"
+        "--num-requests",
+        type=int,
+        metavar="N",
+        help=f"instead of the workload's own number; {' and '.join(SINGLE)} have one",
     )
     parser.add_argument(
         "--scale", type=float, default=1.0, metavar="X", help="times all lengths, for slow machines"
@@ -93,6 +104,8 @@ def _cases(options: argparse.Namespace) -> list[workloads.Case]:
         refuse("bench", f"--shared-prefix must be at least 0, got {options.shared_prefix}")
     if options.shared_prefix and "smollm" not in options.workload:
         refuse("bench", "--shared-prefix belongs to the workload smollm")
+    if options.num_requests and set(options.workload) <= set(SINGLE):
+        refuse("bench", f"--num-requests says nothing to {' and '.join(SINGLE)}: they have one")
     cases = []
     for name in options.workload:
         if name != COLD_START:

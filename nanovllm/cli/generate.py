@@ -15,7 +15,7 @@ from dataclasses import asdict
 from typing import Any
 
 from nanovllm import InvalidRequestError, RequestOutput, SamplingParams, StepError
-from nanovllm.cli.flags import Parser, add_engine_flags, add_sampling_flags
+from nanovllm.cli.flags import Parser, add_engine_flags, add_sampling_flags, refuse
 from nanovllm.cli.session import Session, answer, open_session, speed
 from nanovllm.cli.terminal import BOLD, say, write_answer
 
@@ -38,6 +38,8 @@ def add_arguments(parser: Parser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
+    if options.raw and options.system is not None:
+        refuse("generate", "--raw sends the prompt alone: give --system or --raw, not both")
     prompt, is_default = _prompt(options.prompt)
     session = open_session(options)
     params = SamplingParams.from_kwargs(**session.sampling)

@@ -133,6 +133,20 @@ def test_a_run_reports_everything(cli: Any, tiny: Path, tmp_path: Path) -> None:
     assert first["num_cached_tokens"] == 0
 
 
+def test_without_a_workload_there_is_a_quick_one(cli: Any, tiny: Path) -> None:
+    result = cli("bench", "--model", tiny, "--repeats", "1")
+    assert result.status == 0
+    assert result.out.splitlines()[-1].startswith("quick")
+    assert "quick if none is named" in " ".join(cli("bench", "--help").out.split())
+
+
+def test_the_quick_workload_fits_a_small_context() -> None:
+    (case,) = workloads.quick()
+    assert len(case.requests) == 8
+    assert max(len(r.prompt) + r.max_tokens for r in case.requests) <= 192
+    assert case.num_output_tokens == 8 * 64
+
+
 def test_cases_with_the_same_prompts_share_no_cache(tiny: Path) -> None:
     case = workloads.Case("same", (workloads.Request(tuple(range(100)), 2),))
     options = {"model": str(tiny), "block_size": 16, "dtype": "float32"}

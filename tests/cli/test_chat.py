@@ -77,7 +77,12 @@ def test_wrong_commands_are_answered_and_change_nothing(talk: Any) -> None:
 
 
 def test_a_value_keeps_its_spaces_and_equals_signs(talk: Any, tmp_path: Path) -> None:
-    lines = ("/set logit_bias 50=-100,31=5", "/set stop a=b c", "/set top-p = 0.5", "/set min_p=0.1")
+    lines = (
+        "/set logit_bias 50=-100,31=5",
+        "/set stop a=b c",
+        "/set top-p = 0.5",
+        "/set min_p=0.1",
+    )
     talk(*lines, f"/save {tmp_path / 'c'}")
     sampling = json.loads((tmp_path / "c").read_text())["sampling"]
     assert sampling["logit_bias"] == {"50": -100, "31": 5}
