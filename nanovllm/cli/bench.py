@@ -79,8 +79,6 @@ def run(options: argparse.Namespace) -> int:
     print(report.results_table(results))
     if done is not None:
         say(report.ceilings_line(done.ceilings))
-        for note in done.info.notes:
-            say(note)
     if options.json:
         content = report.as_json(["nanovllm", *sys.argv[1:]], done, results)
         report.write_json(Path(options.json), content)

@@ -25,17 +25,18 @@ PIPE_STATUS = 141  # 128 + SIGPIPE
 @dataclass(frozen=True, slots=True)
 class Command:
     """module has `add_arguments(parser)` and `run(args) -> exit status`; its docstring's first
-    paragraph is the description in --help."""
+    paragraph is the description in --help. own_log: it configures logging itself."""
 
     module: str
     help: str
+    own_log: bool = False
 
 
 # A new command is one line here; a name may have two words ("bench serve").
 COMMANDS = {
     "generate": Command("nanovllm.cli.generate", "answer one prompt, streaming, and exit"),
     "chat": Command("nanovllm.cli.chat", "talk to a model in the terminal"),
-    "serve": Command("nanovllm.cli.serve", "serve a model to OpenAI's clients over HTTP"),
+    "serve": Command("nanovllm.cli.serve", "serve a model to OpenAI's clients over HTTP", True),
     "bench": Command("nanovllm.cli.bench", "measure throughput and latency offline"),
     "info": Command("nanovllm.cli.info", "versions, devices, chosen backends and why"),
 }
@@ -91,12 +92,21 @@ def _dispatch(arguments: list[str]) -> int:
         print(f"nanovllm {__version__}")
         return 0
     name, rest = _find(arguments)
-    module = import_module(COMMANDS[name].module)
+    command = COMMANDS[name]
+    module = import_module(command.module)
     description = (module.__doc__ or "").split("\n\n")[0]
     parser = Parser(f"nanovllm {name}", description, show_all="--help=all" in rest)
     module.add_arguments(parser)
     options = parser.parse(rest)
-    return 0 if options is None else module.run(options)
+    if options is None:
+        return 0
+    if command.own_log:
+        return module.run(options)
+    # Here because --help does not need it, and is to be quick.
+    from nanovllm.cli.log import shown_warnings
+
+    with shown_warnings(quiet=getattr(options, "quiet", False)):
+        return module.run(options)
 
 
 def _find(arguments: list[str]) -> tuple[str, list[str]]:

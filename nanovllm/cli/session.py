@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from nanovllm import EngineConfig, RequestOutput, SamplingParams
 from nanovllm.cli.flags import given
-from nanovllm.cli.terminal import InterruptFlag, Status, say
+from nanovllm.cli.terminal import InterruptFlag, Status
 
 if TYPE_CHECKING:
     from nanovllm import LLM
@@ -45,8 +45,6 @@ def open_session(options: argparse.Namespace) -> Session:
 
         files = find_model(name)
         llm = LLM(**(engine | {"model": str(files.directory)}))
-    for note in llm.info.notes:
-        say(note)
     return Session(llm, name, sampling_defaults(files.generation, wanted))
 
 

@@ -245,8 +245,6 @@ class Run:
         with contextlib.suppress(EngineDeadError):
             info = await self._service.client.ready()
             url = f"http://{_host(self._sock)}:{self._sock.getsockname()[1]}"
-            for note in info.notes:
-                logger.warning("%s", note)
             logger.info(
                 "%s on %s in %s, context %d, %d KV blocks of %d, loaded in %.1f s",
                 *(info.model, info.device, info.dtype, info.max_model_len),

@@ -38,6 +38,18 @@ def test_quiet_says_nothing_else(cli: Any, tiny: Path) -> None:
     assert cli("generate", "abc", "--model", tiny, "--quiet", *SHORT).err == ""
 
 
+NOTED = ("generate", "abc", "--raw", "--max-tokens", "2", "--num-kv-blocks", "4")
+
+
+@pytest.mark.parametrize("quiet", [True, False])
+def test_a_note_of_the_engine_is_shown_once(cli: Any, tiny: Path, quiet: bool) -> None:
+    flags = ("--quiet",) if quiet else ()
+    for _ in range(2):  # a second run in one process shows it no oftener
+        result = cli(*NOTED, "--block-size", "16", "--model", tiny, *flags)
+        notes = [line for line in result.err.splitlines() if "max_model_len is 64" in line]
+        assert [line.startswith("nanovllm: warning: ") for line in notes] == [True] * (not quiet)
+
+
 def test_the_chat_template_and_the_system_message_are_used(cli: Any, tiny: Path) -> None:
     arguments = ("generate", "abc", "--system", "be", "--json", "--model", tiny, *SHORT)
     ids = json.loads(cli(*arguments).out)["prompt_token_ids"]

@@ -193,3 +193,20 @@ def test_ctrl_c_before_the_answer_is_quiet(tiny: Path) -> None:
     out, err = process.communicate(timeout=60)
     assert process.returncode == 130
     assert (out, err) == (b"", b"")
+
+
+@pytest.mark.parametrize("more", [[], ["--in-process"]])
+def test_a_server_shows_a_note_of_its_engine_once(tiny: Path, more: list[str]) -> None:
+    flags = ["--model", str(tiny), "--port", "0", "--block-size", "16", "--num-kv-blocks", "4"]
+    with subprocess.Popen(
+        [*MODULE, "serve", *flags, *more],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        assert process.stdout is not None
+        ready = process.stdout.readline()
+        process.terminate()
+        _, errors = process.communicate(timeout=60)
+    assert ready.startswith("ready")
+    assert errors.count("max_model_len is 64") == 1
