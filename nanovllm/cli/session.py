@@ -77,10 +77,13 @@ def answer(
     shown = 0
     with InterruptFlag() as interrupt:
         try:
-            while output is None or not output.finished:
-                for output in llm.step():
-                    show(output.text[shown:])
-                    shown = len(output.text)
+            # Until nothing is unreported: an abort is reported by the step after it.
+            while output is None or not llm.is_finished():
+                for changed in llm.step():
+                    if changed.request_id == request_id:  # not one that an error left behind
+                        output = changed
+                        show(output.text[shown:])
+                        shown = len(output.text)
                 if interrupt.is_set:
                     llm.abort(request_id)
         finally:

@@ -14,9 +14,11 @@ from typing import Any
 import pexpect
 import pytest
 
+from nanovllm import LLM, SamplingParams
 from nanovllm.cli import chat, terminal
 from nanovllm.cli.chat import history_file
 from nanovllm.cli.conversation import ChatError, Conversation
+from nanovllm.cli.session import answer
 
 SHORT = ("--max-tokens", "8", "--ignore-eos")
 
@@ -158,6 +160,33 @@ def test_fit_refuses_what_cannot_fit() -> None:
         talk.fit(lambda m: [0] * 50, 40)
 
 
+def test_after_an_interrupt_the_next_question_has_its_own_answer(tiny: Path) -> None:
+    """So it is after a reader that failed, too."""
+    params = SamplingParams(max_tokens=40, ignore_eos=True, temperature=0)
+
+    interrupts = iter([signal.SIGINT])
+
+    def interrupt(text: str) -> None:
+        for number in interrupts:  # once: a second one would raise
+            signal.raise_signal(number)
+
+    def gone(text: str) -> None:
+        raise BrokenPipeError
+
+    with LLM(str(tiny)) as llm:
+        expected = llm.generate("second", params, use_tqdm=False).text
+        stopped, interrupted = answer(llm, "first", params, interrupt)
+        assert interrupted
+        assert stopped.finish_reason == "abort"
+        for _ in range(2):
+            shown: list[str] = []
+            output, interrupted = answer(llm, "second", params, shown.append)
+            assert (output.prompt, output.text, interrupted) == ("second", expected, False)
+            assert "".join(shown) == expected
+            with pytest.raises(BrokenPipeError):
+                answer(llm, "third", params, gone)
+
+
 def test_in_a_terminal(tiny: Path, tmp_path: Path) -> None:
     """Colours, streaming, Ctrl-C on an answer and on a prompt, Ctrl-D, history across runs."""
     env = {k: v for k, v in os.environ.items() if k != "NO_COLOR"}
@@ -178,11 +207,16 @@ def test_in_a_terminal(tiny: Path, tmp_path: Path) -> None:
     child.sendintr()
     child.expect("· stopped")
     child.expect("> ")
+    child.sendline("/set max_tokens 7")
+    child.expect("max_tokens = 7")
+    child.sendline("and now")
+    child.expect("7 tokens.*max_tokens=7 reached")
+    child.expect("> ")
     child.sendintr()
     child.sendline("")  # readline notices an interrupt that comes early with the next key only
     child.expect("Ctrl-D leaves")
     child.sendline("/stats")
-    child.expect("1 answers")
+    child.expect("2 answers")
     assert "\x1b[2m" in child.before
     child.sendeof()
     child.expect(pexpect.EOF)
