@@ -16,7 +16,7 @@ from typing import Any
 
 from nanovllm.build import EngineInfo, build_engine
 from nanovllm.config import EngineConfig
-from nanovllm.errors import EngineClosedError, InvalidRequestError, NanoVLLMError
+from nanovllm.errors import EngineClosedError, InvalidRequestError
 from nanovllm.llm import Prompt, encode_prompt, encode_salt
 from nanovllm.outputs import Delta
 from nanovllm.requests import RequestTracker
@@ -73,7 +73,7 @@ class AsyncLLM:
             raise InvalidRequestError(f"sampling_params must be SamplingParams, got {params!r}")
         text, token_ids = encode_prompt(self._engine, prompt, params)
         salt = encode_salt(cache_salt)
-        request_id = f"request-{next(self._ids)}" if request_id is None else request_id
+        request_id = f"async-{next(self._ids)}" if request_id is None else request_id
         loop = asyncio.get_running_loop()
         deltas: asyncio.Queue[Delta | BaseException] = asyncio.Queue()
 
@@ -100,7 +100,7 @@ class AsyncLLM:
                 yield item
         finally:
             if unfinished:
-                self._submit_quietly(lambda: self._abort(request_id))
+                self._submit_quietly(lambda: self._leave(request_id, sink))
 
     def render_chat(self, messages: Sequence[Message], **options: Any) -> list[int]:
         """The token ids of a conversation, with the model's own template."""
@@ -147,6 +147,11 @@ class AsyncLLM:
             self._sinks.pop(delta.request_id)
             self._tracker.forget(delta.request_id)
 
+    def _leave(self, request_id: str, sink: Sink) -> None:
+        """Aborts a request on behalf of its own stream; another's of the same id goes on."""
+        if self._sinks.get(request_id) is sink:
+            self._abort(request_id)
+
     def _abort(self, request_id: str) -> None:
         for seq in self._engine.core.abort(request_id):
             self._deliver(self._tracker.end(seq, "abort"))
@@ -168,7 +173,8 @@ class AsyncLLM:
 
 
 def _report(command: Command, sink: Sink) -> None:
+    """Whatever a request's own arguments raise is its caller's to see, never the engine's end."""
     try:
         command()
-    except NanoVLLMError as error:
+    except Exception as error:
         sink(error)

@@ -6,6 +6,7 @@ model, and sizes the KV cache to what is left.
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from collections.abc import Callable
@@ -44,6 +45,8 @@ from nanovllm.runner.sampler import BadWords
 from nanovllm.text.chat import ChatTemplate
 from nanovllm.text.tokenizer import Tokenizer
 from nanovllm.trace.events import Tracer
+
+logger = logging.getLogger("nanovllm")
 
 DEFAULT_BLOCK_SIZE = {"cpu": 32, "cuda": 64}
 DEFAULT_BATCHED_TOKENS = {"cpu": 512, "cuda": 8192}
@@ -119,6 +122,10 @@ def build_engine(config: EngineConfig, tracer: Tracer | None = None) -> Engine:
         on_cpu=platform.device.type == "cpu",
     )
     num_seqs, num_tokens, notes = _step_limits(config, cache, platform.device)
+    if platform.choices["ops"].reason:
+        notes = (f"plain torch operators, slower: {platform.choices['ops'].reason}", *notes)
+    for note in notes:
+        logger.warning(note)
     model.finish_loading(platform.device, cache.max_model_len)
     ready()
     runner = _runner(

@@ -30,8 +30,8 @@ class EngineConfig:
     """Options of one engine.
 
     model            a directory in Hugging Face format, a hub name, or "demo"
-    dtype            of weights and KV cache; "auto": the model's own on a GPU and on a CPU with
-                     bfloat16 arithmetic, else float32
+    dtype            of weights and KV cache; "auto": the model's own on a GPU; on a CPU bfloat16
+                     for 16-bit models if it has such arithmetic, else float32
     device           "auto": cuda if there is one, else cpu; "cuda:1" names one of several
     max_model_len    context in tokens; None: the model's own, fitted down to memory
     max_num_seqs     sequences that run at once
@@ -98,7 +98,12 @@ class EngineConfig:
             value = getattr(self, name)
             if value not in allowed and not (name == "device" and _is_cuda_index(value)):
                 raise ConfigError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
-        for name in ("enable_prefix_caching", "enforce_eager", "async_scheduling"):
+        for name in (
+            "enable_prefix_caching",
+            "enforce_eager",
+            "async_scheduling",
+            "skip_tokenizer_init",
+        ):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name} must be True or False, got {getattr(self, name)!r}")
 

@@ -85,11 +85,15 @@ class LLMEngine:
         salt: bytes = b"",
     ) -> RequestOutput:
         text, token_ids = encoded
-        request_id = f"request-{next(self._ids)}" if request_id is None else request_id
+        request_id = self._new_id() if request_id is None else request_id
         core = self._engine.core
         with interrupts_deferred():
             sequences = core.add(request_id, token_ids, params, priority=priority, salt=salt)
             return self._tracker.add(request_id, text, token_ids, params, sequences)
+
+    def _new_id(self) -> str:
+        names = (f"request-{number}" for number in self._ids)
+        return next(name for name in names if name not in self._tracker.outputs)
 
     def step(self) -> list[RequestOutput]:
         """Advances the engine by one step; the requests that changed, with all they have so far."""
@@ -125,6 +129,8 @@ class LLMEngine:
         InvalidRequestError before anything runs if any of the prompts cannot be served. When
         interrupted, the prompts' requests are aborted and the engine stays usable.
         """
+        if not isinstance(prompts, Sequence):
+            raise InvalidRequestError(f"prompts must be a prompt or a list of them: {prompts!r}")
         single = isinstance(prompts, str) or _is_token_ids(prompts)
         batch: list[Prompt] = [prompts] if single else list(prompts)  # type: ignore[list-item, arg-type]
         params = _params_for(batch, sampling_params, sampling)
@@ -135,7 +141,8 @@ class LLMEngine:
         outputs: list[RequestOutput] = []
         try:
             with interrupts_deferred():
-                outputs += [self._add(one, p) for one, p in zip(encoded, params, strict=True)]
+                for one, p in zip(encoded, params, strict=True):
+                    outputs.append(self._add(one, p))  # one by one: what was added is known
             with Progress(len(outputs), disable=not use_tqdm) as progress:
                 while not all(output.finished for output in outputs):
                     progress.update(self._advance(), outputs)
@@ -271,10 +278,7 @@ def encode_prompt(engine: Engine, prompt: Prompt, params: SamplingParams) -> Enc
     if isinstance(prompt, str):
         if engine.tokenizer is None:
             raise InvalidRequestError("a text prompt needs a tokenizer: pass token ids")
-        try:
-            return prompt, engine.tokenizer.encode(prompt)
-        except (UnicodeEncodeError, TypeError) as error:  # how a lone surrogate is refused
-            raise InvalidRequestError(f"the prompt is not valid Unicode: {error}") from None
+        return prompt, engine.tokenizer.encode(prompt)
     if not isinstance(prompt, Sequence) or isinstance(prompt, (bytes, bytearray)):
         raise InvalidRequestError(f"a prompt must be a string or a list of token ids: {prompt!r}")
     return None, [*prompt]
@@ -305,6 +309,9 @@ def _params_for(
     if isinstance(given, SamplingParams):
         return [given] * len(prompts)
     params = list(given)
+    for p in params:
+        if not isinstance(p, SamplingParams):
+            raise InvalidRequestError(f"sampling_params must be SamplingParams, got {given!r}")
     if len(params) != len(prompts):
         raise InvalidRequestError(f"{len(prompts)} prompts but {len(params)} sampling_params")
     return params

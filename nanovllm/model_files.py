@@ -17,6 +17,7 @@ from nanovllm.text.tokenizer import Tokenizer, read_json
 ASSETS = Path(__file__).parent / "assets"
 EMBEDDED = ("demo", "demo-draft")
 HUB_PATTERNS = ["*.json", "*.safetensors", "*.jinja"]
+HUB_DUPLICATES = ["consolidated*", "original/*"]  # the same weights in another layout
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,12 +35,13 @@ class ModelFiles:
         return ChatTemplate.from_directory(self.directory, tokenizer)
 
     def eos_token_ids(self) -> tuple[int, ...]:
-        """All token ids that end a text, sorted."""
+        """All token ids that end a text, sorted; ids beyond the vocabulary can never come."""
         found: set[int] = set()
         for source in (self.config, self.generation):
             ids = source.get("eos_token_id")
             found.update(ids if isinstance(ids, list) else [] if ids is None else [ids])
-        return tuple(sorted(found))
+        vocab_size = self.config.get("vocab_size", 2**63)
+        return tuple(sorted(token_id for token_id in found if 0 <= token_id < vocab_size))
 
 
 def find_model(name: str) -> ModelFiles:
@@ -53,11 +55,11 @@ def find_model(name: str) -> ModelFiles:
 
 
 def _directory(name: str) -> Path:
+    if name in EMBEDDED:  # whatever the working directory holds; ./demo names a directory there
+        return ASSETS / name
     path = Path(name).expanduser()
     if path.is_dir():
         return path
-    if name in EMBEDDED:
-        return ASSETS / name
     if path.exists():
         raise ModelLoadError(f"{name} is a file; a model is a directory with config.json")
     if path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
@@ -69,7 +71,10 @@ def _fetch(name: str) -> Path:
     import huggingface_hub  # slow to import, and needed for hub names alone
 
     try:
-        return Path(huggingface_hub.snapshot_download(name, allow_patterns=HUB_PATTERNS))
+        directory = huggingface_hub.snapshot_download(
+            name, allow_patterns=HUB_PATTERNS, ignore_patterns=HUB_DUPLICATES
+        )
+        return Path(directory)
     except Exception as error:  # network, permission, unknown name: one sentence for each
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ModelLoadError(

@@ -82,6 +82,14 @@ class RequestOutput:
         return self.outputs[0].finish_reason
 
     @property
+    def stop_reason(self) -> str | int | None:
+        return self.outputs[0].stop_reason
+
+    @property
+    def error(self) -> str | None:
+        return self.outputs[0].error
+
+    @property
     def logprobs(self) -> list[dict[int, Logprob]] | None:
         return self.outputs[0].logprobs
 

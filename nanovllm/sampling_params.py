@@ -170,6 +170,11 @@ class SamplingParams:
     def greedy(self) -> bool:
         return self.temperature == 0.0
 
+    @property
+    def restricted(self) -> bool:
+        """Whether a cut drops some tokens before one is drawn."""
+        return not self.greedy and (self.top_k > 0 or self.top_p < 1.0 or self.min_p > 0.0)
+
     @classmethod
     def from_kwargs(cls, **kwargs: Any) -> SamplingParams:
         """The same as the constructor, but an unknown name is answered with the nearest one."""

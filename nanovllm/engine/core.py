@@ -93,6 +93,8 @@ class EngineCore:
         Raises InvalidRequestError, with nothing queued, if the request cannot be served.
         """
         self._check_open()
+        if not isinstance(request_id, str) or not request_id:
+            raise InvalidRequestError(f"a request id must be a string, got {request_id!r}")
         if request_id in self._groups:
             raise InvalidRequestError(f"request id {request_id!r} is in use")
         if not isinstance(priority, int):
@@ -131,6 +133,19 @@ class EngineCore:
         for name in ("logit_bias", "allowed_token_ids", "stop_token_ids"):
             for token_id in getattr(params, name) or ():
                 self._check_token_id(f"a token id of {name}", token_id)
+
+        self._check_something_is_left(params)
+
+    def _check_something_is_left(self, params: SamplingParams) -> None:
+        """Refuses allowed_token_ids that min_tokens would forbid altogether."""
+        if params.allowed_token_ids is None or not params.min_tokens:
+            return
+        ends = self.scheduler.eos_token_ids.union(params.stop_token_ids or ())
+        if ends.issuperset(params.allowed_token_ids):
+            raise InvalidRequestError(
+                f"min_tokens={params.min_tokens} forbids every token of allowed_token_ids: "
+                "all of them end the text"
+            )
 
     def _check_token_id(self, what: str, token_id: int) -> None:
         if not 0 <= token_id < self.vocab_size:
@@ -206,6 +221,7 @@ class EngineCore:
             return
         self._closed = True
         self._executor.close()
+        self._in_flight.clear()
 
 
 def _mix(seed: int, index: int) -> int:

@@ -27,14 +27,18 @@ class InlineExecutor:
 
     def __init__(self, runner: Runner, num_blocks: int) -> None:
         self.num_blocks = num_blocks
-        self._runner = runner
+        self._runner: Runner | None = runner
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="nanovllm-step")
 
     def submit(self, plan: StepPlan) -> StepFuture:
+        if self._runner is None:
+            raise RuntimeError("the executor is closed")
         return StepFuture(self._thread.submit(self._runner.execute, plan))
 
     def close(self) -> None:
+        """Waits for the plans in flight, then lets go of the weights and the KV cache."""
         self._thread.shutdown(wait=True)
+        self._runner = None
 
 
 class StepFuture:

@@ -36,6 +36,18 @@ class DecoderConfig:
     qk_norm: bool = False
 
 
+SIZES = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_layers",
+    "num_heads",
+    "num_kv_heads",
+    "head_dim",
+    "max_position",
+)
+
+
 def read_common(raw: Mapping[str, Any], **differences: Any) -> DecoderConfig:
     """The fields that all families share. Raises ModelLoadError naming a missing one."""
     try:
@@ -57,6 +69,11 @@ def read_common(raw: Mapping[str, Any], **differences: Any) -> DecoderConfig:
         }
     except KeyError as error:
         raise ModelLoadError(f"config.json lacks {error.args[0]!r}") from None
+    except (TypeError, ValueError, ZeroDivisionError) as error:
+        raise ModelLoadError(f"config.json holds a value of the wrong kind: {error}") from None
+    for name in SIZES:
+        if not isinstance(fields[name], int) or fields[name] < 1:
+            raise ModelLoadError(f"config.json: {name} must be an integer, got {fields[name]!r}")
     if raw.get("hidden_act", "silu") != "silu":
         raise UnsupportedModelError(f"hidden_act {raw['hidden_act']!r} is not known; known: silu")
     return DecoderConfig(**(fields | differences))
@@ -73,7 +90,9 @@ def read_rope(raw: Mapping[str, Any]) -> RopeConfig:
     partial = scaling.get("partial_rotary_factor", raw.get("partial_rotary_factor")) or 1.0
     if partial != 1.0:
         raise UnsupportedModelError(f"partial_rotary_factor {partial} is not known; known: 1.0")
-    theta = scaling.get("rope_theta", raw.get("rope_theta", 10000.0))
+    if any(isinstance(value, Mapping) for value in scaling.values()):
+        raise UnsupportedModelError("rope parameters that differ by layer type are not known")
+    theta = scaling.get("rope_theta") or raw.get("rope_theta") or 10000.0
     original = scaling.get("original_max_position_embeddings") or raw["max_position_embeddings"]
     factor = scaling.get("factor") or raw["max_position_embeddings"] / original
     return RopeConfig(
@@ -106,10 +125,18 @@ def _mscale(factor: float, mscale: float) -> float:
 
 def windows_of_layers(raw: Mapping[str, Any]) -> tuple[int | None, ...]:
     """Qwen's way to say which layers slide: layer_types, or max_window_layers for older files."""
-    num_layers = raw.get("num_hidden_layers", 0)  # missed by `read_common`
+    num_layers = raw.get("num_hidden_layers")
+    if not isinstance(num_layers, int):
+        return ()  # `read_common` names it
     window = raw.get("sliding_window") if raw.get("use_sliding_window") else None
     types = raw.get("layer_types")
     if types is None:
         first = raw.get("max_window_layers", num_layers)
         types = ["sliding_attention" if i >= first else "full_attention" for i in range(num_layers)]
+    unknown = set(types) - {"sliding_attention", "full_attention"}
+    if unknown or len(types) != num_layers:
+        raise UnsupportedModelError(
+            f"layer_types must name sliding_attention or full_attention for each of {num_layers} "
+            f"layers; got {len(types)} with {sorted(map(str, unknown)) or 'no other'} kinds"
+        )
     return tuple(window if kind == "sliding_attention" else None for kind in types)

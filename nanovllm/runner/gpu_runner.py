@@ -32,10 +32,6 @@ HEADER = 2  # words before the rows of a single-token step: columns of its table
 WORDS_PER_ROW = 8  # row, context, temperature, top-k, top-p, min-p, seed (2)
 
 
-def is_restricted(p: SamplingParams) -> bool:
-    return not p.greedy and (p.top_k > 0 or p.top_p < 1.0 or p.min_p > 0.0)
-
-
 def is_special(p: SamplingParams) -> bool:
     """Whether the host must touch the row's logits, or report more than its tokens."""
     return bool(
@@ -67,7 +63,7 @@ class RowSampling:
         self.floats[:, row] = temperature, p.top_p, p.min_p
         self.top_k[row] = max(0, p.top_k)
         self.seed[row] = np.uint64(new.seed & (2**64 - 1)).astype(np.int64)
-        self.restricted[row] = is_restricted(p)
+        self.restricted[row] = p.restricted
         self.special[row] = is_special(p)
 
 

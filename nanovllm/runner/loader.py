@@ -118,7 +118,8 @@ def _safetensors_files(directory: Path) -> list[Path]:
         if absent:
             raise WeightsError(f"{index} names files that are not there: {_listed(absent)}")
         return [directory / name for name in names]
-    files = sorted(directory.glob("*.safetensors"))
+    whole = directory / "model.safetensors"
+    files = [whole] if whole.exists() else sorted(directory.glob("*.safetensors"))
     if not files:
         raise WeightsError(f"no .safetensors file in {directory}")
     return files

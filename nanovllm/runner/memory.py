@@ -69,7 +69,8 @@ def fit_cache(
             "a higher gpu_memory_utilization would help"
         )
     notes = []
-    if engine.num_kv_blocks is not None and num_blocks < asked:
+    explicit = engine.num_kv_blocks is not None or engine.kv_cache_memory_bytes is not None
+    if explicit and num_blocks < asked:
         notes.append(
             f"the KV cache has {num_blocks} blocks instead of {asked}: "
             f"{free_bytes / MIB:.0f} MiB are free, a block takes {size / MIB:.2f}"

@@ -32,8 +32,10 @@ class RowState:
         self.block_tables: NDArray[np.int32] = np.zeros((max_num_seqs, columns), np.int32)
         self.seeds: NDArray[np.uint64] = np.zeros(max_num_seqs, np.uint64)
         self.params: list[SamplingParams | None] = [None] * max_num_seqs
-        # Not zeroed: on a CPU, pages that no row reaches are never touched.
-        self.tokens = torch.empty((max_num_seqs, max_model_len), dtype=torch.int32, device=device)
+        # Zeroed, since a step that failed leaves tokens unwritten that the next one, planned
+        # already, reads. numpy's zeros cost nothing until a page is touched.
+        tokens = torch.from_numpy(np.zeros((max_num_seqs, max_model_len), np.int32))
+        self.tokens = tokens.to(device)
 
     def apply(self, plan: StepPlan) -> None:
         """Takes over everything of a plan but its computation."""

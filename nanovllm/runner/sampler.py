@@ -57,8 +57,8 @@ class Sampler:
         for i, (row, p) in enumerate(zip(sample_rows, params, strict=True)):
             self.adjust(logits[i], int(row), p)
         greedy = [i for i, p in enumerate(params) if p.greedy]
-        plain = [i for i, p in enumerate(params) if not p.greedy and not _restricted(p)]
-        restricted = [i for i, p in enumerate(params) if not p.greedy and _restricted(p)]
+        plain = [i for i, p in enumerate(params) if not (p.greedy or p.restricted)]
+        restricted = [i for i, p in enumerate(params) if p.restricted]
         token_ids = torch.empty(len(params), dtype=torch.int64, device=logits.device)
         failed = torch.zeros(len(params), dtype=torch.bool, device=logits.device)
         if greedy:
@@ -146,10 +146,6 @@ class BadWords:
             found = (ids for word in words for ids in self._encode(word))
             self._cache[words] = list(dict.fromkeys(found))
         return self._cache[words]
-
-
-def _restricted(p: SamplingParams) -> bool:
-    return p.top_k > 0 or p.top_p < 1.0 or p.min_p > 0.0
 
 
 def _pick(logits: Tensor, index: list[int]) -> Tensor:

@@ -20,6 +20,7 @@ class IncrementalDetokenizer:
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
+        self._special = tokenizer.special_ids
         self._ids: list[int] = []
         self._shown = ""  # text of the first _num_shown ids of the window
         self._num_shown = 0
@@ -28,6 +29,8 @@ class IncrementalDetokenizer:
         """Adds tokens; returns the text that is now certain."""
         pieces = []
         for token_id in token_ids:
+            if token_id in self._special:
+                continue  # decoded as nothing; a run of them must not make the window grow
             self._ids.append(token_id)
             text = self._tokenizer.decode(self._ids)
             if len(text) > len(self._shown) and not text.endswith(REPLACEMENT):

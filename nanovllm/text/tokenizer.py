@@ -10,7 +10,7 @@ from typing import Any
 
 from tokenizers import Tokenizer as FastTokenizer
 
-from nanovllm.errors import ModelLoadError
+from nanovllm.errors import InvalidRequestError, ModelLoadError
 
 LONG_TEXT = 4000  # characters; about a millisecond
 
@@ -40,6 +40,8 @@ class Tokenizer:
         fast.no_truncation()
         self._fast = fast
         self.config = config
+        added = fast.get_added_tokens_decoder().items()
+        self.special_ids = frozenset(token_id for token_id, token in added if token.special)
 
     @classmethod
     def from_directory(cls, directory: Path) -> Tokenizer:
@@ -57,11 +59,15 @@ class Tokenizer:
         return cls(fast, read_json(directory / "tokenizer_config.json"))
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
-        if len(text) < LONG_TEXT:
-            return self._fast.encode(text, add_special_tokens=add_special_tokens).ids
-        # `encode` holds the interpreter lock until it is done; the form for batches does not.
-        (found,) = self._fast.encode_batch_fast([text], add_special_tokens=add_special_tokens)
-        return found.ids
+        """Raises InvalidRequestError if text is not valid Unicode (a lone surrogate)."""
+        try:
+            if len(text) < LONG_TEXT:
+                return self._fast.encode(text, add_special_tokens=add_special_tokens).ids
+            # `encode` holds the interpreter lock until it is done; the form for batches does not.
+            (found,) = self._fast.encode_batch_fast([text], add_special_tokens=add_special_tokens)
+            return found.ids
+        except (UnicodeEncodeError, TypeError) as error:  # the library's ways to refuse it
+            raise InvalidRequestError(f"the text is not valid Unicode: {error}") from None
 
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         return self._fast.decode(token_ids, skip_special_tokens=skip_special_tokens)

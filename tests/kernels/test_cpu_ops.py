@@ -432,3 +432,14 @@ def test_the_name_follows_sources_and_compiler(monkeypatch, tmp_path):
     assert build._fingerprint(compiler) == name
     monkeypatch.setattr(build, "_instruction_set", lambda: "another processor")
     assert build._fingerprint(compiler) != name
+
+
+def test_a_truncated_library_is_not_loaded(tmp_path: Path) -> None:
+    library = tmp_path / "cpu-x.so"
+    library.write_bytes(b"0123456789")
+    library.with_suffix(".size").write_text("10")
+    assert build._is_whole(library)
+    library.write_bytes(b"01234")
+    assert not build._is_whole(library)
+    library.with_suffix(".size").unlink()
+    assert not build._is_whole(library)

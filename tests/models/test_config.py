@@ -137,3 +137,35 @@ def test_unknown_things_are_refused_with_what_is_known() -> None:
 def test_every_family_is_tested() -> None:
     tested = {f"{kind}ForCausalLM" for kind, _ in FAMILIES.values()}
     assert tested == set(known_architectures())
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [("hidden_size", "big"), ("num_attention_heads", 0), ("vocab_size", -1)]
+)
+def test_values_of_the_wrong_kind_are_named(field: str, value: object) -> None:
+    raw = {
+        "architectures": ["LlamaForCausalLM"],
+        "vocab_size": 100,
+        "hidden_size": 64,
+        "intermediate_size": 100,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "max_position_embeddings": 100,
+    }
+    with pytest.raises(ModelLoadError, match=r"config\.json"):
+        read_config(raw | {field: value})
+
+
+def test_layer_types_must_be_known_and_complete() -> None:
+    raw = {
+        "architectures": ["Qwen2ForCausalLM"],
+        "vocab_size": 100,
+        "hidden_size": 64,
+        "intermediate_size": 100,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "max_position_embeddings": 100,
+    }
+    for kinds in (["full_attention"], ["full_attention", "linear_attention"]):
+        with pytest.raises(UnsupportedModelError, match="layer_types"):
+            read_config(raw | {"layer_types": kinds})

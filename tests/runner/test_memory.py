@@ -130,3 +130,9 @@ def test_weights_that_cannot_fit_are_refused_before_loading(
     monkeypatch.setattr(memory, "available_host_memory", lambda: 257 << 20)
     with pytest.raises(OutOfMemoryError, match=r"the weights need .* MiB and .* MiB are free"):
         LLM(str(models("llama")), skip_tokenizer_init=True, gpu_memory_utilization=0.99)
+
+
+def test_an_explicit_cache_that_does_not_fit_is_cut_in_words() -> None:
+    size = fit(5 * BLOCK, max_num_seqs=8, max_model_len=64, kv_cache_memory_bytes=20 * BLOCK)
+    assert size.num_blocks == 5
+    assert "5 blocks instead of 20" in size.notes[0]

@@ -8,12 +8,15 @@ instruction set, so a stale or foreign library is never loaded.
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 import platform
 import shutil
 import subprocess
 import tempfile
 from pathlib import Path
+
+logger = logging.getLogger("nanovllm")
 
 SOURCE_DIR = Path(__file__).parent
 COMPILERS = ("g++", "c++", "clang++")
@@ -34,7 +37,7 @@ def build_library() -> Path:
     name = f"cpu-{_fingerprint(compiler)}.so"
     directories = [directory for directory in _cache_dirs() if _is_trusted(directory)]
     for directory in directories:
-        if (directory / name).exists():
+        if _is_whole(directory / name):
             return directory / name
     for directory in directories:
         if os.access(directory, os.W_OK):
@@ -99,6 +102,7 @@ def _instruction_set() -> str:
 
 def _compile(compiler: str, library: Path) -> Path:
     """Compiles each source in a process of its own, links, and renames into place."""
+    logger.warning("compiling the CPU kernels, once on this machine: some seconds")
     with tempfile.TemporaryDirectory(dir=library.parent) as scratch:
         native = _native_flag(compiler)
         command = [compiler, *FLAGS, *([native] if native else [])]
@@ -110,8 +114,19 @@ def _compile(compiler: str, library: Path) -> Path:
         _finish(jobs)
         output = Path(scratch, "library.so")
         _finish([_start([*command, "-shared", *objects, "-o", str(output)])])
+        size = Path(scratch, "size")
+        size.write_text(str(output.stat().st_size))
         os.replace(output, library)
+        os.replace(size, library.with_suffix(".size"))
     return library
+
+
+def _is_whole(library: Path) -> bool:
+    """Whether the library is there at its full size: loading a truncated one ends the process."""
+    try:
+        return library.stat().st_size == int(library.with_suffix(".size").read_text())
+    except (OSError, ValueError):
+        return False
 
 
 def _native_flag(compiler: str) -> str | None:

@@ -78,7 +78,8 @@ class Pool {
   }
 
   void close() {
-    auto empty = [this] { return (state_.load(std::memory_order_acquire) & kInside) == 0; };
+    // Sequentially consistent, so that it is not read before caller_sleeps_ is written.
+    auto empty = [this] { return (state_.load(std::memory_order_seq_cst) & kInside) == 0; };
     state_.fetch_and(~kOpen, std::memory_order_acq_rel);
     if (spin(kCallerSpin, empty)) return;
     std::unique_lock<std::mutex> lock(sleep_);
