@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import io
+import re
 import tokenize
 from collections.abc import Iterable
 from pathlib import Path
@@ -12,6 +13,7 @@ PACKAGE = Path(__file__).resolve().parent.parent / "nanovllm"
 # What a reader must read to understand generation; everything else plugs into it.
 CORE = (
     "values",
+    "api",
     "engine",
     "text",
     "trace",
@@ -21,6 +23,9 @@ CORE = (
     "runner",
     "executor",
 )
+VALUES = ("__init__", "config", "errors", "outputs", "progress", "sampling_params", "interrupts")
+# A faster form of what is in the core, which is its specification.
+FAST_PATH = re.compile("^(gpu_|cuda_graph)")
 SKIPPED = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT}
 
 
@@ -47,10 +52,19 @@ def _docstring_lines(tree: ast.AST) -> set[int]:
 
 
 def layers() -> dict[str, list[Path]]:
-    """Python files by layer: a folder of the package each, its own files under "values"."""
-    found: dict[str, list[Path]] = {"values": sorted(PACKAGE.glob("*.py"))}
+    """Python files by layer: a folder of the package each, its own files as values and api."""
+    top = sorted(PACKAGE.glob("*.py"))
+    found = {
+        "values": [path for path in top if path.stem in VALUES],
+        "api": [path for path in top if path.stem not in VALUES],
+    }
     for folder in sorted(PACKAGE.iterdir()):
-        if files := sorted(folder.rglob("*.py")):
+        files = sorted(folder.rglob("*.py"))
+        fast = [path for path in files if FAST_PATH.search(path.stem)]
+        if folder.name == "runner":
+            found["gpu runner"] = fast
+            files = [path for path in files if path not in fast]
+        if files:
             found[folder.name] = files
     return found
 
