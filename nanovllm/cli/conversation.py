@@ -79,17 +79,20 @@ class Conversation:
         return tokens, dropped
 
     def save(self, path: Path) -> None:
-        """Writes JSON, whole or not at all. Raises OSError."""
+        """Writes JSON; a regular file whole or not at all. Raises OSError, which names path."""
         state = {
             "system": self.system,
             "messages": self.messages,
             "sampling": self.sampling,
         }
-        with tempfile.NamedTemporaryFile(
-            "w", encoding="utf-8", dir=path.parent, prefix=path.name, delete=False
-        ) as file:
-            json.dump(state, file, ensure_ascii=False, indent=2)
-        os.replace(file.name, path)
+        text = json.dumps(state, ensure_ascii=False, indent=2)
+        try:
+            if path.is_symlink() or (path.exists() and not path.is_file()):
+                path.write_text(text, encoding="utf-8")  # it stays the link or device that it is
+            else:
+                _replace(path, text)
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(path)) from None
 
     def load(self, path: Path) -> None:
         """Replaces everything by what `save` wrote. Raises ChatError, changing nothing."""
@@ -109,6 +112,20 @@ class Conversation:
         except (ValueError, KeyError, TypeError) as error:
             raise ChatError(f"{path} holds no saved chat: {error}") from None
         self.system, self.messages, self.sampling = system, messages, sampling
+
+
+def _replace(path: Path, text: str) -> None:
+    """Writes a regular file in one go; leaves nothing behind when it fails."""
+    with tempfile.NamedTemporaryFile(
+        "w", encoding="utf-8", dir=path.parent, prefix=path.name, delete=False
+    ) as file:
+        try:
+            file.write(text)
+            file.close()
+            os.replace(file.name, path)
+        except BaseException:
+            os.unlink(file.name)
+            raise
 
 
 def _check_sampling(sampling: dict[str, Any]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import os
@@ -101,6 +102,45 @@ def test_a_saved_chat_goes_on(talk: Any, tmp_path: Path) -> None:
     assert before == after
     assert before["sampling"]["temperature"] == 0.5
     assert [m["role"] for m in before["messages"]] == ["user", "assistant"]
+
+
+def test_save_writes_through_what_is_no_regular_file(tmp_path: Path) -> None:
+    saved = Conversation({}, "system")
+    (tmp_path / "link").symlink_to(tmp_path / "target")
+    saved.save(tmp_path / "link")
+    assert (tmp_path / "link").is_symlink()
+    assert json.loads((tmp_path / "target").read_text())["system"] == "system"
+    os.mkfifo(tmp_path / "pipe")
+    reader = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)
+    saved.save(tmp_path / "pipe")
+    assert (tmp_path / "pipe").is_fifo()
+    assert json.loads(os.read(reader, 10000))["system"] == "system"
+    os.close(reader)
+    (tmp_path / "full").symlink_to("/dev/full")
+    with pytest.raises(OSError, match=r"No space left.*/full'"):
+        saved.save(tmp_path / "full")
+    assert Path("/dev/full").is_char_device()
+
+
+def test_a_failed_save_names_the_path_and_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    saved = Conversation({}, "system")
+    file = tmp_path / "chat.json"
+    file.write_text("before")
+
+    def fail(*paths: object) -> None:
+        raise OSError(errno.EXDEV, "Invalid cross-device link")
+
+    monkeypatch.setattr("os.replace", fail)
+    with pytest.raises(OSError, match=r"cross-device.*chat\.json'$"):
+        saved.save(file)
+    with pytest.raises(UnicodeEncodeError):
+        Conversation({}, "lone \udcff").save(file)
+    assert [path.name for path in tmp_path.iterdir()] == ["chat.json"]
+    assert file.read_text() == "before"
+    with pytest.raises(OSError, match=r"No such file.*/none/chat\.json'$"):
+        saved.save(tmp_path / "none" / "chat.json")
 
 
 NO_CHATS: list[dict[str, Any]] = [
