@@ -64,6 +64,8 @@ def run(options: argparse.Namespace) -> int:
     cases = _cases(options)
     engine = given(options, EngineConfig)
     EngineConfig.from_kwargs(**engine)
+    if options.json:
+        _check_writable(Path(options.json))
     with _model(options, engine) as chosen, Status("loading ...") as status:
         with InterruptFlag(raise_at_end=True):
             from nanovllm.bench import offline, report  # loads torch: the flags are right
@@ -83,6 +85,15 @@ def run(options: argparse.Namespace) -> int:
         content = report.as_json(["nanovllm", *sys.argv[1:]], done, results)
         report.write_json(Path(options.json), content)
     return 0
+
+
+def _check_writable(path: Path) -> None:
+    """Raises OSError before anything is measured in vain; changes no file."""
+    if path.exists():
+        with path.open("a"):
+            return
+    with tempfile.TemporaryFile(dir=path.parent):
+        pass
 
 
 def _cases(options: argparse.Namespace) -> list[workloads.Case]:

@@ -133,6 +133,22 @@ def test_a_run_reports_everything(cli: Any, tiny: Path, tmp_path: Path) -> None:
     assert first["num_cached_tokens"] == 0
 
 
+def test_a_file_that_cannot_be_written_is_told_before_the_run(
+    cli: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def run_cases(*arguments: Any, **options: Any) -> None:
+        raise AssertionError("it ran")
+
+    monkeypatch.setattr("nanovllm.bench.offline.run_cases", run_cases)
+    for name in ("none/out.json", "."):
+        result = cli("bench", "--json", tmp_path / name)
+        assert result.status == 1
+        assert str(tmp_path / name).removesuffix("/out.json") in result.err
+    with pytest.raises(AssertionError, match="it ran"):
+        cli("bench", "--json", tmp_path / "out.json")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_without_a_workload_there_is_a_quick_one(cli: Any, tiny: Path) -> None:
     result = cli("bench", "--model", tiny, "--repeats", "1")
     assert result.status == 0
