@@ -79,7 +79,10 @@ class Conversation:
         return tokens, dropped
 
     def save(self, path: Path) -> None:
-        """Writes JSON; a regular file whole or not at all. Raises OSError, which names path."""
+        """Writes JSON; a regular file whole or not at all.
+
+        Raises OSError, which names path, and ChatError for what is not valid Unicode.
+        """
         state = {
             "system": self.system,
             "messages": self.messages,
@@ -93,6 +96,8 @@ class Conversation:
                 _replace(path, text)
         except OSError as error:
             raise OSError(error.errno, error.strerror, str(path)) from None
+        except UnicodeEncodeError as error:
+            raise ChatError(f"the chat is not valid Unicode: {error}") from None
 
     def load(self, path: Path) -> None:
         """Replaces everything by what `save` wrote. Raises ChatError, changing nothing."""

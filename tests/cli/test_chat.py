@@ -135,7 +135,7 @@ def test_a_failed_save_names_the_path_and_leaves_nothing(
     monkeypatch.setattr("os.replace", fail)
     with pytest.raises(OSError, match=r"cross-device.*chat\.json'$"):
         saved.save(file)
-    with pytest.raises(UnicodeEncodeError):
+    with pytest.raises(ChatError, match="not valid Unicode"):
         Conversation({}, "lone \udcff").save(file)
     assert [path.name for path in tmp_path.iterdir()] == ["chat.json"]
     assert file.read_text() == "before"
@@ -160,6 +160,20 @@ def test_a_file_that_is_no_chat_is_refused(talk: Any, tmp_path: Path) -> None:
         assert "holds no saved chat" in result.err, text
         assert result.status == 0
     assert talk("hi", flags=("--load", str(tmp_path / "bad"))).status == 1
+
+
+def test_invalid_utf8_is_refused_and_the_chat_goes_on(
+    cli: Any, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines = b"What is \xff\xfe 2+2?\nhello\n/save %s\n" % os.fsencode(tmp_path / "c")
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(lines), encoding="utf-8"))
+    result = cli("chat", "--model", tiny, *SHORT)
+    assert result.status == 0
+    assert "not valid Unicode" in result.err
+    assert result.err.count("8 tokens") == 1
+    messages = json.loads((tmp_path / "c").read_text())["messages"]
+    assert [m["role"] for m in messages] == ["user", "assistant"]
+    assert messages[0]["content"] == "hello"
 
 
 def test_clear_forgets(talk: Any, tmp_path: Path) -> None:

@@ -78,6 +78,18 @@ def test_a_seed_fixes_the_answer(cli: Any, tiny: Path) -> None:
     assert texts[0] == texts[1] != texts[2]
 
 
+@pytest.mark.parametrize("flags", [(), ("--raw",)])
+def test_invalid_utf8_is_one_line(
+    cli: Any, tiny: Path, monkeypatch: pytest.MonkeyPatch, flags: tuple[str, ...]
+) -> None:
+    prompt = io.BytesIO(b"What is \xff\xfe 2+2?")
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(prompt, encoding="utf-8"))
+    result = cli("generate", "-", "--model", tiny, *SHORT, *flags)
+    assert (result.status, result.out) == (2, "")
+    assert "not valid Unicode" in result.err
+    assert len(result.err.splitlines()) == 1
+
+
 def test_stdin_is_the_prompt(
     cli: Any, tiny: Path, expected: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
