@@ -176,10 +176,11 @@ class BlockManager:
 
     # --- allocation -------------------------------------------------------------------------
 
-    def can_admit(self, seq: Sequence, prefix: list[int]) -> bool:
-        """Whether all known tokens of seq fit beside what is in use, sharing `prefix`."""
+    def can_admit(self, seq: Sequence, prefix: list[int], num_kept: int = 0) -> bool:
+        """Whether all known tokens of seq fit beside what is in use, sharing `prefix`, and leave
+        num_kept blocks free."""
         revived = sum(self._ref_counts[block] == 0 for block in prefix)
-        return self.blocks_for(seq.num_tokens) - len(prefix) <= len(self._free) - revived
+        return self.blocks_for(seq.num_tokens) - len(prefix) + num_kept <= len(self._free) - revived
 
     def reserve(self, seq: Sequence, num_slots: int) -> Reservation | None:
         """Makes slots [seq.num_computed, num_slots) exist and be writable; None if blocks lack.

@@ -61,14 +61,14 @@ class _Draft:
 
     budget: int
     rows: list[RowStep] = field(default_factory=list)
-    sequences: list[Sequence] = field(default_factory=list)
+    planned: dict[Sequence, int] = field(default_factory=dict)  # tokens of each, as in rows
     new_rows: list[NewRow] = field(default_factory=list)
     block_copies: list[tuple[int, int]] = field(default_factory=list)
+    preempted: bool = False
 
     def num_tokens_of(self, seq: Sequence) -> int:
         """Tokens that this step computes of seq; they cannot be copied in the same step."""
-        pairs = zip(self.rows, self.sequences, strict=True)
-        return sum(step.num_tokens for step, planned in pairs if planned is seq)
+        return self.planned.get(seq, 0)
 
 
 class Scheduler:
@@ -151,16 +151,14 @@ class Scheduler:
     def schedule(self) -> StepPlan | None:
         """The next step, or None if nothing can be computed before a result arrives."""
         draft = _Draft(self.max_num_batched_tokens)
-        num_running = len(self.running)
-        by_need = sorted(self.running, key=lambda seq: self._need(seq) > 1)  # stable
-        for seq in by_need:
-            if seq.status is Status.RUNNING:
-                self._continue(seq, draft)
-        if len(self.running) == num_running:  # nobody was preempted
-            self._admit_waiting(draft)
-        if not draft.rows:
-            return None
-        return self._emit(draft)
+        single = [seq for seq in self.running if self._need(seq) == 1]
+        longer = [seq for seq in self.running if self._need(seq) > 1]
+        self._continue_all(single, draft)
+        # A fork needs a single token too: a long prompt that overtook it must not delay it.
+        self._admit_waiting(draft, forks_only=True)
+        self._continue_all(longer, draft)
+        self._admit_waiting(draft)
+        return self._emit(draft) if draft.rows else None
 
     def _need(self, seq: Sequence) -> int:
         """Tokens of seq that could be computed now; 0 if all that may exist do."""
@@ -174,15 +172,18 @@ class Scheduler:
             return limit
         return min(limit, seq.num_prompt_tokens + seq.params.max_tokens)
 
+    def _continue_all(self, sequences: list[Sequence], draft: _Draft) -> None:
+        for seq in sequences:
+            if seq.status is Status.RUNNING and draft.budget:
+                self._continue(seq, draft)
+
     def _continue(self, seq: Sequence, draft: _Draft) -> None:
         num_tokens = min(self._need(seq), draft.budget)
-        if num_tokens == 0:
-            return
         while (reserved := self.blocks.reserve(seq, seq.num_computed + num_tokens)) is None:
             # Never one that this very step computes for; seq itself is always a candidate.
-            planned = {id(s) for s in draft.sequences}
-            victim = max((s for s in self.running if id(s) not in planned), key=_order)
+            victim = max((s for s in self.running if s not in draft.planned), key=_order)
             self._preempt(victim)
+            draft.preempted = True
             if victim is seq:
                 return
         if reserved.copy is not None:
@@ -203,25 +204,34 @@ class Scheduler:
         sample = seq.num_computed == seq.num_tokens
         seq.num_pending += sample
         draft.rows.append(RowStep(seq.row, num_tokens, sample, new_block_ids, replaced_block))
-        draft.sequences.append(seq)
+        draft.planned[seq] = num_tokens
         self.blocks.register(seq)
 
-    def _admit_waiting(self, draft: _Draft) -> None:
-        while self.waiting and draft.budget and self._free_rows:
-            seq = self.waiting[0]
-            if seq.num_pending or not self._admit(seq, draft):
-                break  # first come, first served: nobody overtakes the head of the queue
+    def _admit_waiting(self, draft: _Draft, *, forks_only: bool = False) -> None:
+        """First come, first served: nobody overtakes the head of the queue.
 
-    def _admit(self, seq: Sequence, draft: _Draft) -> bool:
+        But for forks whose prompt is being computed: others go ahead meanwhile, and leave a row
+        and a block to each of them.
+        """
+        held = 0
+        while not draft.preempted and draft.budget and held < len(self._free_rows):
+            seq = self.waiting[held] if held < len(self.waiting) else None
+            if seq is None or seq.num_pending:
+                break
+            parent = _running_parent(seq)
+            if parent is not None and not _can_fork(parent, seq, draft):
+                held += 1
+            elif (forks_only and parent is None) or not self._admit(seq, draft, held):
+                break
+
+    def _admit(self, seq: Sequence, draft: _Draft, num_kept: int = 0) -> bool:
         """Gives seq a row, cached blocks, and its first tokens of this step, if all fit."""
-        parent = seq.fork_of
-        if parent is not None and parent.status is Status.RUNNING:
-            if parent.num_computed - draft.num_tokens_of(parent) < seq.num_prompt_tokens - 1:
-                return False  # its prompt is being computed: wait, and share the blocks
+        parent = _running_parent(seq)
+        if parent is not None:
             self.blocks.fork(parent, seq, seq.num_prompt_tokens - 1)
         else:
             prefix = self.blocks.find_prefix(seq)
-            if not self.blocks.can_admit(seq, prefix):
+            if not self.blocks.can_admit(seq, prefix, num_kept):
                 return False
             self.blocks.share(seq, prefix)
             seq.num_computed = len(prefix) * self.blocks.block_size
@@ -292,7 +302,7 @@ class Scheduler:
         )
         self._num_plans += 1
         self._freed_rows.clear()
-        self._in_flight.append((plan, draft.sequences))
+        self._in_flight.append((plan, list(draft.planned)))
         self._tracer.emit(
             StepPlanned(
                 self._clock(),
@@ -399,3 +409,14 @@ class Scheduler:
 
 def _order(seq: Sequence) -> tuple[int, int]:
     return seq.priority, seq.seq_id
+
+
+def _running_parent(seq: Sequence) -> Sequence | None:
+    """The sequence whose prompt blocks seq is going to share, while it runs."""
+    parent = seq.fork_of
+    return parent if parent is not None and parent.status is Status.RUNNING else None
+
+
+def _can_fork(parent: Sequence, seq: Sequence, draft: _Draft) -> bool:
+    """Whether an earlier step computed all that seq shares: a step copies before it computes."""
+    return parent.num_computed - draft.num_tokens_of(parent) >= seq.num_prompt_tokens - 1

@@ -124,8 +124,11 @@ def compute_the_whole_prompt_from_cache(patch: pytest.MonkeyPatch) -> None:
 
 
 def readmit_before_the_result(patch: pytest.MonkeyPatch) -> None:
-    def admit_waiting(self: Scheduler, draft: Any) -> None:
-        while self.waiting and draft.budget and self._free_rows:
+    def admit_waiting(self: Scheduler, draft: Any, forks_only: bool = False) -> None:
+        while self.waiting and draft.budget and self._free_rows and not forks_only:
+            parent = self.waiting[0].fork_of
+            if parent is not None and parent.num_computed < parent.num_prompt_tokens:
+                break
             if not self._admit(self.waiting[0], draft):
                 break  # a preempted sequence whose last token is still pending comes back
 

@@ -161,6 +161,42 @@ def test_completions_share_what_the_first_one_computed() -> None:
         assert seq.output_token_ids == answer(seq.token_ids[:10], b"", seq.seed, 4)
 
 
+def test_others_are_admitted_while_forks_wait_for_the_prompt() -> None:
+    engine = Engine(budget=8, num_blocks=64, max_num_seqs=4)
+    endless = SamplingParams(n=2, max_tokens=4, ignore_eos=True)
+    first, fork = engine.add("a", 20, endless)
+    other = engine.add("b", 24)
+    assert tokens(engine.step()) == [(0, 8)]
+    assert tokens(engine.step()) == [(0, 8)]
+    assert tokens(engine.step()) == [(0, 4), (1, 4)]  # b starts, its prompt takes 6 steps
+    plan = engine.step()
+    assert fork.status is Status.RUNNING  # and does not delay the fork that is ready now
+    assert tokens(plan) == [(0, 1), (fork.row, 1), (other.row, 6)]
+    assert fork.stats.num_cached_tokens == 19
+    engine.finish()
+    assert first.output_token_ids == answer(first.token_ids[:20], b"", first.seed, 4)
+
+
+def test_who_overtakes_waiting_forks_leaves_them_rows_and_blocks() -> None:
+    params = SamplingParams(n=3, max_tokens=4, ignore_eos=True)
+    engine = Engine(budget=8, max_num_seqs=3)
+    _, *forks = engine.add("a", 15, params)
+    other = engine.add("b", 1)
+    for _ in range(3):
+        engine.step()
+    assert [seq.status for seq in (*forks, other)] == [Status.RUNNING] * 2 + [Status.WAITING]
+    engine.finish()
+
+    engine = Engine(budget=8, num_blocks=8, max_num_seqs=4, max_model_len=32, caching=False)
+    group = engine.add("a", 15, params)  # 4 blocks, and a copy of the last one for each fork
+    large, small = engine.add("b", 12), engine.add("c", 5)
+    for _ in range(3):
+        engine.step()
+    assert [seq.status for seq in group] == [Status.RUNNING] * 3
+    assert [large.status, small.status] == [Status.WAITING] * 2
+    engine.finish()
+
+
 def test_plans_ahead_compute_one_row_in_vain_at_most() -> None:
     engine = Engine(depth=2)
     seq = engine.add("a", 3, SamplingParams(stop_token_ids=(1, 2), max_tokens=10))
