@@ -4,6 +4,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 QUESTION ?= What is a KV cache?
+CLIENTS := tests/server
 
 .PHONY: demo test lint format lines clean
 
@@ -16,10 +17,20 @@ QUESTION ?= What is a KV cache?
 	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints-cpu.txt -e '.[dev]'
 	touch $@
 
+# Other people's clients of the server, each apart from what this project itself needs.
+.venv/.clients: $(CLIENTS)/python_clients/requirements.txt | .venv/.demo
+	$(PYTHON) -m venv .venv/clients
+	.venv/clients/bin/python -m pip install -q --disable-pip-version-check --no-compile -r $<
+	touch $@
+
+.venv/.node: $(CLIENTS)/node_clients/package-lock.json | .venv/.demo
+	if command -v npm >/dev/null; then npm ci --prefix $(dir $<) --no-audit --no-fund --silent; fi
+	touch $@
+
 demo: .venv/.demo
 	$(BIN)/nanovllm generate "$(QUESTION)"
 
-test: lint
+test: lint .venv/.clients .venv/.node
 	$(BIN)/python -m pytest
 
 lint: .venv/.test
@@ -36,4 +47,4 @@ lines:
 	$(PYTHON) tools/count_lines.py
 
 clean:
-	rm -rf .venv build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv $(CLIENTS)/node_clients/node_modules build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

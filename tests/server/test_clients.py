@@ -1,7 +1,7 @@
-"""Public clients against a live server with the embedded model; each is skipped if it is not there.
+"""Public clients against a live server with the embedded model.
 
-LangChain and LiteLLM come with the extra `clients`, the Node ones with `npm install` in
-tests/server/node_clients.
+`make test` installs LangChain and LiteLLM into an environment of their own, and the Node ones where
+there is npm; elsewhere they are skipped with a reason.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import shutil
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from nanovllm.model_files import ASSETS
 from .live_server import Live
 
 NODE = Path(__file__).with_name("node_clients")
+PYTHON = Path(__file__).with_name("python_clients")
 QUESTION = "What is a KV cache?"
 WEATHER = "What is the weather in Paris?"
 PARAMETERS = {
@@ -81,53 +83,32 @@ def test_openai_python(demo: Live, answer: str) -> None:
         client.completions.create(model="demo", prompt="word " * 3000)
 
 
-def test_langchain(demo: Live, answer: str) -> None:
-    langchain = pytest.importorskip("langchain_openai")
-    model = langchain.ChatOpenAI(
-        model="demo", base_url=f"{demo.url}/v1", api_key="none", stream_usage=True
-    )
-    whole = model.invoke(QUESTION)
-    assert whole.content == answer
-    chunks = list(model.stream(QUESTION))
-    assert "".join(chunk.content for chunk in chunks) == answer
-    used = [chunk.usage_metadata for chunk in chunks if chunk.usage_metadata]
-    assert used[-1]["output_tokens"] == whole.usage_metadata["output_tokens"]
-    spec = {"title": "get_weather", "description": "Get the weather of a city", **PARAMETERS}
-    bound = model.bind_tools([spec])
-    assert bound.invoke(WEATHER).tool_calls[0]["args"] == {"city": "Paris"}
-    first, *rest = bound.stream(WEATHER)
-    for chunk in rest:
-        first += chunk
-    assert first.tool_calls[0]["args"] == {"city": "Paris"}
+def _run(command: list[str], directory: Path) -> dict[str, Any]:
+    """What a script that runs other clients printed last."""
+    done = subprocess.run(command, cwd=directory, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return found
 
 
-@pytest.mark.filterwarnings("ignore")  # of its own types and connections
-def test_litellm(demo: Live, answer: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("LITELLM_LOCAL_MODEL_COST_MAP", "True")
-    litellm = pytest.importorskip("litellm")
-    to: Any = {"model": "openai/demo", "api_base": f"{demo.url}/v1", "api_key": "none"}
-    messages = [{"role": "user", "content": QUESTION}]
-    whole = litellm.completion(messages=messages, **to)
-    assert whole.choices[0].message.content == answer
-    chunks = litellm.completion(messages=messages, stream=True, **to)
-    assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == answer
-    with pytest.raises(litellm.exceptions.ContextWindowExceededError):
-        litellm.completion(messages=[{"role": "user", "content": "word " * 3000}], **to)
+def test_python_clients(demo: Live, answer: str) -> None:
+    python = Path(sys.prefix) / "clients" / "bin" / "python"
+    if not python.exists():
+        pytest.skip("LangChain and LiteLLM are not there: `make test` installs them")
+    found = _run([str(python), "clients.py", f"{demo.url}/v1"], PYTHON)
+    langchain, litellm = found["langchain"], found["litellm"]
+    assert langchain["whole"] == langchain["streamed"] == answer
+    assert litellm["whole"] == litellm["streamed"] == answer
+    assert langchain["tokens"] == langchain["streamed_tokens"] == litellm["tokens"] > 0
+    assert langchain["call"] == langchain["streamed_call"] == litellm["call"] == {"city": "Paris"}
+    assert litellm["too_long"] == "ContextWindowExceededError"
 
 
 def test_node_clients(demo: Live, answer: str) -> None:
     node = shutil.which("node")
     if node is None or not (NODE / "node_modules").is_dir():
-        pytest.skip("no node, or no npm install in tests/server/node_clients")
-    done = subprocess.run(
-        [node, "clients.mjs", f"{demo.url}/v1"],
-        cwd=NODE,
-        capture_output=True,
-        text=True,
-        timeout=90,
-    )
-    assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout.splitlines()[-1])
+        pytest.skip("the Node clients are not there: `make test` installs them where there is npm")
+    found = _run([node, "clients.mjs", f"{demo.url}/v1"], NODE)
     assert found["whole"] == found["streamed"] == found["sdk"] == answer
     assert found["usage"]["completion_tokens"] == found["sdkTokens"]
     assert found["call"] == [
