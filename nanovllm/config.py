@@ -6,27 +6,38 @@ building the engine and lives there, not here.
 
 from __future__ import annotations
 
-import math
 import os
-from dataclasses import dataclass, fields
-from difflib import get_close_matches
-from typing import Any
+from dataclasses import dataclass
 
 from nanovllm.errors import ConfigError
+from nanovllm.records import Record, real, whole
 
-DTYPES = ("auto", "float32", "bfloat16", "float16")
-DEVICES = ("auto", "cpu", "cuda")
-LOAD_FORMATS = ("auto", "dummy")
-KV_CACHE_DTYPES = ("auto", "fp8")
-
-
-def _check_count(name: str, value: object, low: int = 1) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < low:
-        raise ConfigError(f"{name} must be an integer of at least {low}, got {value!r}")
+CHOICES = {
+    "dtype": ("auto", "float32", "bfloat16", "float16"),
+    "device": ("auto", "cpu", "cuda"),
+    "load_format": ("auto", "dummy"),
+    "kv_cache_dtype": ("auto", "fp8"),
+}
+FLAGS = (
+    "enable_prefix_caching",
+    "enforce_eager",
+    "batch_invariant",
+    "async_scheduling",
+    "skip_tokenizer_init",
+)
+COUNTS = (
+    "max_num_seqs",
+    "tensor_parallel_size",
+    "max_model_len",
+    "max_num_batched_tokens",
+    "block_size",
+    "kv_cache_memory_bytes",
+    "num_kv_blocks",
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class EngineConfig:
+class EngineConfig(Record):
     """Options of one engine.
 
     model            a directory in Hugging Face format, a hub name, or "demo"
@@ -45,12 +56,16 @@ class EngineConfig:
                      memory at some loss of precision and speed (GPU only)
     enable_prefix_caching    reuse the KV blocks of equal prefixes
     enforce_eager    never capture CUDA graphs
+    batch_invariant  the same bits for a request whatever is computed with it, cached or chunked;
+                     slower on a GPU, always so with the C++ kernels on a CPU
     async_scheduling plan step N+1 while step N runs
     attention_backend  "auto" or the name of one
     load_format      "auto", or "dummy" for random weights in the model's shapes (benchmarks)
     skip_tokenizer_init  prompts and outputs are token ids only
     seed             of requests that bring none, and of dummy weights
     """
+
+    _unknown = (ConfigError, "engine option")
 
     model: str = "demo"
     dtype: str = "auto"
@@ -65,6 +80,7 @@ class EngineConfig:
     kv_cache_dtype: str = "auto"
     enable_prefix_caching: bool = True
     enforce_eager: bool = False
+    batch_invariant: bool = False
     async_scheduling: bool = True
     attention_backend: str = "auto"
     load_format: str = "auto"
@@ -75,64 +91,45 @@ class EngineConfig:
     def __post_init__(self) -> None:
         if not isinstance(self.model, (str, os.PathLike)) or not str(self.model):
             raise ConfigError(f"model must be a directory or a hub name, got {self.model!r}")
-        object.__setattr__(self, "model", str(self.model))
+        share = real(self.gpu_memory_utilization)
+        if share is None or not 0 < share <= 1:
+            raise ConfigError(
+                f"gpu_memory_utilization must be in (0, 1], got {self.gpu_memory_utilization!r}"
+            )
+        seed = whole(self.seed)
+        if seed is None:
+            raise ConfigError(f"seed must be an integer, got {self.seed!r}")
+        self._set(model=str(self.model), gpu_memory_utilization=share, seed=seed)
         self._check_choices()
         self._check_counts()
-        share = self.gpu_memory_utilization
-        if not isinstance(share, (int, float)) or not math.isfinite(share) or not 0 < share <= 1:
-            raise ConfigError(f"gpu_memory_utilization must be in (0, 1], got {share!r}")
+
+    def _check_choices(self) -> None:
+        for name, allowed in CHOICES.items():
+            value = getattr(self, name)
+            if value not in allowed and not (name == "device" and _is_cuda_index(value)):
+                raise ConfigError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
+        for name in FLAGS:
+            if not isinstance(getattr(self, name), bool):
+                raise ConfigError(f"{name} must be True or False, got {getattr(self, name)!r}")
+
+    def _check_counts(self) -> None:
+        for name in COUNTS:
+            value = getattr(self, name)
+            if value is None and name != "max_num_seqs":  # which has no default of its own
+                continue
+            count = whole(value)
+            if count is None or count < 1:
+                raise ConfigError(f"{name} must be an integer of at least 1, got {value!r}")
+            self._set(**{name: count})
+        if self.block_size is not None and (self.block_size % 8 or self.block_size > 256):
+            raise ConfigError(
+                f"block_size must be a multiple of 8 up to 256, got {self.block_size}"
+            )
         if self.tensor_parallel_size != 1:
             raise ConfigError(
                 f"tensor_parallel_size={self.tensor_parallel_size} is not available: "
                 "this version runs a model on one device"
             )
-
-    def _check_choices(self) -> None:
-        choices = (
-            ("dtype", DTYPES),
-            ("device", DEVICES),
-            ("load_format", LOAD_FORMATS),
-            ("kv_cache_dtype", KV_CACHE_DTYPES),
-        )
-        for name, allowed in choices:
-            value = getattr(self, name)
-            if value not in allowed and not (name == "device" and _is_cuda_index(value)):
-                raise ConfigError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
-        for name in (
-            "enable_prefix_caching",
-            "enforce_eager",
-            "async_scheduling",
-            "skip_tokenizer_init",
-        ):
-            if not isinstance(getattr(self, name), bool):
-                raise ConfigError(f"{name} must be True or False, got {getattr(self, name)!r}")
-
-    def _check_counts(self) -> None:
-        _check_count("max_num_seqs", self.max_num_seqs)
-        for name in ("max_model_len", "max_num_batched_tokens", "kv_cache_memory_bytes"):
-            if getattr(self, name) is not None:
-                _check_count(name, getattr(self, name))
-        if self.num_kv_blocks is not None:
-            _check_count("num_kv_blocks", self.num_kv_blocks)
-        if self.block_size is not None:
-            _check_count("block_size", self.block_size)
-            if self.block_size % 8 or self.block_size > 256:
-                raise ConfigError(
-                    f"block_size must be a multiple of 8 up to 256, got {self.block_size}"
-                )
-        if not isinstance(self.seed, int) or isinstance(self.seed, bool):
-            raise ConfigError(f"seed must be an integer, got {self.seed!r}")
-
-    @classmethod
-    def from_kwargs(cls, **kwargs: Any) -> EngineConfig:
-        """The same as the constructor, but an unknown name is answered with the nearest one."""
-        known = [f.name for f in fields(cls)]
-        for name in kwargs:
-            if name not in known:
-                near = get_close_matches(name, known, 1)
-                hint = f"; did you mean {near[0]!r}?" if near else ""
-                raise ConfigError(f"unknown engine option {name!r}{hint}")
-        return cls(**kwargs)
 
 
 def _is_cuda_index(value: object) -> bool:

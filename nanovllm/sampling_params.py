@@ -6,40 +6,57 @@ range) is checked by the engine when the request is added.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, fields
-from difflib import get_close_matches
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any, NoReturn
 
 from nanovllm.errors import InvalidRequestError
+from nanovllm.records import Record, real, unpacked, whole
 
 MAX_N = 128
 MAX_LOGPROBS = 20
 SEED_LIMIT = 2**63
+Reader = Callable[[str, Any], Any]  # (name of a parameter, what was given) -> its plain value
 
 
 def _fail(name: str, value: object, allowed: str) -> NoReturn:
     raise InvalidRequestError(f"{name} must be {allowed}, got {value!r}")
 
 
-def _check_float(name: str, value: object, low: float, high: float, allowed: str) -> None:
-    ok = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-    if not ok or not low <= value <= high:  # type: ignore[operator]
-        _fail(name, value, allowed)
+def _number(low: float, high: float, allowed: str) -> Reader:
+    def read(name: str, value: Any) -> float:
+        number = real(value)
+        if number is None or not low <= number <= high:  # no number is in a range that NaN is in
+            _fail(name, value, f"a number in {allowed}")
+        return number
+
+    return read
 
 
-def _check_int(name: str, value: object, low: int, high: int | None = None) -> None:
+def _integer(low: int, high: int | None = None) -> Reader:
     allowed = f"an integer of at least {low}" if high is None else f"an integer in [{low}, {high}]"
-    ok = isinstance(value, int) and not isinstance(value, bool)
-    if not ok or value < low or (high is not None and value > high):  # type: ignore[operator]
-        _fail(name, value, allowed)
+
+    def read(name: str, value: Any) -> int:
+        number = whole(value)
+        if number is None or number < low or (high is not None and number > high):
+            _fail(name, value, allowed)
+        return number
+
+    return read
 
 
-def _strings(name: str, value: object) -> tuple[str, ...]:
-    items = (value,) if isinstance(value, str) else value
-    if items is None:
-        return ()
+def _optional(read: Reader) -> Reader:
+    return lambda name, value: None if value is None else read(name, value)
+
+
+def _flag(name: str, value: Any) -> bool:
+    if not isinstance(value, bool):
+        _fail(name, value, "True or False")
+    return value
+
+
+def _strings(name: str, value: Any) -> tuple[str, ...]:
+    items = (value,) if isinstance(value, str) else () if value is None else value
     if not isinstance(items, Iterable):
         _fail(name, value, "a string or a list of strings")
     strings = tuple(items)
@@ -48,20 +65,61 @@ def _strings(name: str, value: object) -> tuple[str, ...]:
     return strings
 
 
-def _token_ids(name: str, value: object) -> tuple[int, ...]:
-    if value is None:
-        return ()
-    if isinstance(value, (str, bytes)) or not isinstance(value, Iterable):
+def _token_ids(name: str, value: Any) -> tuple[int, ...]:
+    items = () if value is None else unpacked(value)
+    if isinstance(items, (str, bytes)) or not isinstance(items, Iterable):
         _fail(name, value, "a list of token ids")
-    items = tuple(value)
+    ids = []
     for item in items:
-        if not isinstance(item, int) or isinstance(item, bool) or item < 0:
+        token_id = whole(item)
+        if token_id is None or token_id < 0:
             _fail(name, item, "a list of token ids (integers of at least 0)")
-    return items
+        ids.append(token_id)
+    return tuple(ids)
+
+
+def _some_token_ids(name: str, value: Any) -> tuple[int, ...]:
+    ids = _token_ids(name, value)
+    if not ids:
+        raise InvalidRequestError(f"{name} must name at least one token id")
+    return ids
+
+
+def _biases(name: str, value: Any) -> dict[int, float] | None:
+    if not isinstance(value, Mapping):
+        _fail(name, value, "a mapping from token id to a number")
+    key, bias = _integer(0), _number(-100.0, 100.0, "[-100, 100]")
+    read = {key(f"a key of {name}", k): bias(f"a value of {name}", v) for k, v in value.items()}
+    return read or None
+
+
+_READERS: dict[str, Reader] = {
+    "temperature": _number(0.0, 100.0, "[0, 100]"),
+    "top_k": _integer(-1),
+    "top_p": _number(5e-324, 1.0, "(0, 1]"),
+    "min_p": _number(0.0, 1.0, "[0, 1]"),
+    "presence_penalty": _number(-2.0, 2.0, "[-2, 2]"),
+    "frequency_penalty": _number(-2.0, 2.0, "[-2, 2]"),
+    "repetition_penalty": _number(1e-6, 100.0, "(0, 100]"),
+    "seed": _optional(_integer(-SEED_LIMIT, SEED_LIMIT - 1)),
+    "n": _integer(1, MAX_N),
+    "max_tokens": _optional(_integer(1)),
+    "min_tokens": _integer(0),
+    "stop": _strings,
+    "stop_token_ids": _token_ids,
+    "ignore_eos": _flag,
+    "logprobs": _optional(_integer(0, MAX_LOGPROBS)),
+    "prompt_logprobs": _optional(_integer(0, MAX_LOGPROBS)),
+    "logit_bias": _optional(_biases),
+    "allowed_token_ids": _optional(_some_token_ids),
+    "bad_words": _strings,
+    "detokenize": _flag,
+    "include_stop_str_in_output": _flag,
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class SamplingParams:
+class SamplingParams(Record):
     """Sampling parameters of one request.
 
     temperature  0 is greedy; otherwise logits are divided by it
@@ -85,9 +143,13 @@ class SamplingParams:
     allowed_token_ids    only these can be chosen
     bad_words    strings that must not be produced (tokenized with and without a leading space)
     detokenize   False skips text; outputs carry token ids only
+    include_stop_str_in_output   keep the stop string in the text
 
-    Raises InvalidRequestError naming the range when a value is outside of it.
+    Numbers of any library are accepted, and stored as plain ones. Raises InvalidRequestError
+    naming the range when a value is outside of it, or the nearest name for an unknown one.
     """
+
+    _unknown = (InvalidRequestError, "sampling parameter")
 
     temperature: float = 1.0
     top_k: int = 0
@@ -109,62 +171,16 @@ class SamplingParams:
     allowed_token_ids: tuple[int, ...] | list[int] | None = None
     bad_words: tuple[str, ...] | list[str] | str | None = ()
     detokenize: bool = True
-    include_stop_str_in_output: bool = field(default=False)
+    include_stop_str_in_output: bool = False
 
     def __post_init__(self) -> None:
-        self._check_ranges()
-        self._check_lengths()
-        for name, read in (("stop", _strings), ("bad_words", _strings)):
-            object.__setattr__(self, name, read(name, getattr(self, name)))
-        object.__setattr__(
-            self, "stop_token_ids", _token_ids("stop_token_ids", self.stop_token_ids)
-        )
-        self._check_vocabulary_limits()
-        for name in ("ignore_eos", "detokenize", "include_stop_str_in_output"):
-            if not isinstance(getattr(self, name), bool):
-                _fail(name, getattr(self, name), "True or False")
-        if self.stop and not self.detokenize:
-            raise InvalidRequestError("stop strings need detokenize=True")
-
-    def _check_ranges(self) -> None:
-        _check_float("temperature", self.temperature, 0.0, 100.0, "a number in [0, 100]")
-        _check_float("top_p", self.top_p, 5e-324, 1.0, "a number in (0, 1]")
-        _check_float("min_p", self.min_p, 0.0, 1.0, "a number in [0, 1]")
-        _check_int("top_k", self.top_k, -1)
-        for name in ("presence_penalty", "frequency_penalty"):
-            _check_float(name, getattr(self, name), -2.0, 2.0, "a number in [-2, 2]")
-        penalty = self.repetition_penalty
-        _check_float("repetition_penalty", penalty, 1e-6, 100.0, "a number in (0, 100]")
-
-    def _check_lengths(self) -> None:
-        if self.seed is not None:
-            _check_int("seed", self.seed, -SEED_LIMIT, SEED_LIMIT - 1)
-        _check_int("n", self.n, 1, MAX_N)
-        if self.max_tokens is not None:
-            _check_int("max_tokens", self.max_tokens, 1)
-        _check_int("min_tokens", self.min_tokens, 0)
+        self._set(**{name: read(name, getattr(self, name)) for name, read in _READERS.items()})
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
             raise InvalidRequestError(
                 f"min_tokens ({self.min_tokens}) must not exceed max_tokens ({self.max_tokens})"
             )
-        for name in ("logprobs", "prompt_logprobs"):
-            if getattr(self, name) is not None:
-                _check_int(name, getattr(self, name), 0, MAX_LOGPROBS)
-
-    def _check_vocabulary_limits(self) -> None:
-        if self.allowed_token_ids is not None:
-            ids = _token_ids("allowed_token_ids", self.allowed_token_ids)
-            if not ids:
-                raise InvalidRequestError("allowed_token_ids must name at least one token id")
-            object.__setattr__(self, "allowed_token_ids", ids)
-        if self.logit_bias is None:
-            return
-        if not isinstance(self.logit_bias, Mapping):
-            _fail("logit_bias", self.logit_bias, "a mapping from token id to a number")
-        for token_id, bias in self.logit_bias.items():
-            _check_int("a key of logit_bias", token_id, 0)
-            _check_float("a value of logit_bias", bias, -100.0, 100.0, "a number in [-100, 100]")
-        object.__setattr__(self, "logit_bias", dict(self.logit_bias) or None)
+        if self.stop and not self.detokenize:
+            raise InvalidRequestError("stop strings need detokenize=True")
 
     @property
     def greedy(self) -> bool:
@@ -174,14 +190,3 @@ class SamplingParams:
     def restricted(self) -> bool:
         """Whether a cut drops some tokens before one is drawn."""
         return not self.greedy and (self.top_k > 0 or self.top_p < 1.0 or self.min_p > 0.0)
-
-    @classmethod
-    def from_kwargs(cls, **kwargs: Any) -> SamplingParams:
-        """The same as the constructor, but an unknown name is answered with the nearest one."""
-        known = [f.name for f in fields(cls)]
-        for name in kwargs:
-            if name not in known:
-                near = get_close_matches(name, known, 1)
-                hint = f"; did you mean {near[0]!r}?" if near else ""
-                raise InvalidRequestError(f"unknown sampling parameter {name!r}{hint}")
-        return cls(**kwargs)

@@ -23,7 +23,16 @@ CORE = (
     "runner",
     "executor",
 )
-VALUES = ("__init__", "config", "errors", "outputs", "progress", "sampling_params", "interrupts")
+VALUES = (
+    "__init__",
+    "config",
+    "errors",
+    "outputs",
+    "progress",
+    "records",
+    "sampling_params",
+    "interrupts",
+)
 # A faster form of what is in the core, which is its specification.
 FAST_PATH = re.compile("^(gpu_|cuda_graph)")
 SKIPPED = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT}

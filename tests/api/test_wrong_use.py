@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import copy
+import json
+import pickle
 import shutil
 from collections.abc import Iterator
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -17,6 +22,7 @@ from nanovllm import (
     ConfigError,
     ContextLengthError,
     EngineClosedError,
+    EngineConfig,
     InvalidRequestError,
     LLMEngine,
     ModelLoadError,
@@ -105,6 +111,11 @@ BAD_SAMPLING: list[tuple[dict[str, Any], str]] = [
     ({"repetition_penalty": 0.0}, r"repetition_penalty must be a number in \(0, 100\]"),
     ({"n": 0}, r"n must be an integer in \[1, 128\], got 0"),
     ({"n": True}, "n must be an integer"),
+    ({"n": np.bool_(True)}, "n must be an integer"),
+    ({"max_tokens": np.int64(0)}, "max_tokens must be an integer of at least 1"),
+    ({"temperature": True}, "temperature must be a number"),
+    ({"temperature": 10**400}, "temperature must be a number"),
+    ({"temperature": np.float32("nan")}, "temperature must be a number"),
     ({"seed": 2**63}, "seed must be an integer"),
     ({"min_tokens": 9, "max_tokens": 8}, r"min_tokens \(9\) must not exceed max_tokens \(8\)"),
     ({"logprobs": 21}, r"logprobs must be an integer in \[0, 20\], got 21"),
@@ -130,6 +141,42 @@ BAD_SAMPLING: list[tuple[dict[str, Any], str]] = [
 def test_sampling(llm: LLM, options: dict[str, Any], message: str) -> None:
     with pytest.raises(InvalidRequestError, match=message):
         llm.generate("Hello", use_tqdm=False, **options)
+    with pytest.raises(InvalidRequestError, match=message):
+        llm.add_request("Hello", SamplingParams(**options))
+
+
+def test_numbers_of_numpy_are_plain_numbers() -> None:
+    """So that they cross to other processes, and equal params are equal."""
+    params = SamplingParams(
+        temperature=np.float32(0.5),
+        top_k=np.int64(5),
+        seed=np.uint8(3),
+        max_tokens=np.int32(7),
+        stop_token_ids=np.array([1, 2]),
+        allowed_token_ids=torch.tensor([3, 4]),
+        logit_bias={np.int64(5): np.float64(1.5)},
+    )
+    assert params == SamplingParams(
+        temperature=0.5,
+        top_k=5,
+        seed=3,
+        max_tokens=7,
+        stop_token_ids=[1, 2],
+        allowed_token_ids=[3, 4],
+        logit_bias={5: 1.5},
+    )
+    values = [params.temperature, params.top_k, params.seed, params.max_tokens]
+    assert [type(value) for value in values] == [float, int, int, int]
+    assert json.loads(json.dumps(asdict(params)))["stop_token_ids"] == [1, 2]
+    config = EngineConfig(max_num_seqs=np.int64(4), seed=np.int64(1))
+    assert config == EngineConfig(max_num_seqs=4, seed=1)
+    assert type(config.max_num_seqs) is int
+
+
+def test_params_can_be_copied_and_sent() -> None:
+    params = SamplingParams(max_tokens=5, stop="a")
+    assert pickle.loads(pickle.dumps(params)) == copy.deepcopy(params) == params
+    assert replace(params, n=2) == SamplingParams(max_tokens=5, stop="a", n=2)
 
 
 def test_params_must_match_prompts(llm: LLM) -> None:
@@ -174,13 +221,16 @@ BAD_OPTIONS: list[tuple[dict[str, Any], str]] = [
     ({"dtype": "float8"}, "dtype must be one of .*, got 'float8'"),
     ({"device": "tpu"}, "device must be one of"),
     ({"block_size": 12}, "block_size must be a multiple of 8 up to 256, got 12"),
+    ({"block_size": 264}, "block_size must be a multiple of 8 up to 256, got 264"),
+    ({"max_num_seqs": None}, "max_num_seqs must be an integer of at least 1, got None"),
+    ({"num_kv_blocks": True}, "num_kv_blocks must be an integer"),
+    ({"gpu_memory_utilization": True}, r"gpu_memory_utilization must be in \(0, 1\]"),
+    ({"tensor_parallel_size": 2}, "tensor_parallel_size=2 is not available"),
     ({"max_model_len": 0}, "max_model_len must be an integer of at least 1, got 0"),
     ({"max_num_batched_tokens": -1}, "max_num_batched_tokens must be"),
     ({"gpu_memory_utilization": 1.5}, r"gpu_memory_utilization must be in \(0, 1\], got 1.5"),
     ({"tensor_parallel_size": 0}, "tensor_parallel_size"),
     ({"kv_cache_dtype": "fp4"}, "kv_cache_dtype must be one of auto, fp8, got 'fp4'"),
-    ({"kv_cache_dtype": "fp8", "device": "cpu"}, "kv_cache_dtype='fp8' needs the triton"),
-    ({"attention_backend": "magic"}, "attention_backend must be auto or one of .*got 'magic'"),
     ({"enable_prefix_caching": 1}, "enable_prefix_caching must be True or False"),
     ({"seed": "x"}, "seed must be an integer"),
 ]
@@ -190,6 +240,17 @@ BAD_OPTIONS: list[tuple[dict[str, Any], str]] = [
 def test_engine_options(text_model: Path, options: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         LLM(str(text_model), **options)
+    with pytest.raises(ConfigError, match=message):
+        EngineConfig(**options)
+
+
+def test_engine_options_that_this_machine_refuses(text_model: Path) -> None:
+    for options, message in (
+        ({"kv_cache_dtype": "fp8", "device": "cpu"}, "kv_cache_dtype='fp8' needs the triton"),
+        ({"attention_backend": "magic"}, "attention_backend must be auto or one of .*'magic'"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            LLM(str(text_model), **options)
 
 
 def test_used_after_close(text_model: Path) -> None:
