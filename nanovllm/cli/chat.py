@@ -1,36 +1,40 @@
 """A conversation in the terminal: answers stream, Ctrl-C stops an answer, Ctrl-D leaves.
 
-A line that ends in a backslash goes on, and so does everything between two lines of three double
-quotes. Lines that start with a slash are commands: /help lists them.
+With --url the answers come from a server, else from a model in this process. A line that ends in a
+backslash goes on, and so does everything between two lines of three double quotes. Lines that
+start with a slash are commands: /help lists them.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
-import os
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from difflib import get_close_matches
 from pathlib import Path
+from typing import Any
 
-from nanovllm import NanoVLLMError, RequestOutput, SamplingParams, __version__
-from nanovllm.cli.conversation import ChatError, Conversation
-from nanovllm.cli.flags import Parser, add_engine_flags, add_sampling_flags, given
-from nanovllm.cli.session import Session, answer, open_session, speed
-from nanovllm.cli.terminal import BOLD, CYAN, RED, YELLOW, has_style, say, styled, write_answer
+from nanovllm import EngineConfig, NanoVLLMError, SamplingParams, __version__
+from nanovllm.cli.conversation import NOT_SENT, ChatError, Conversation
+from nanovllm.cli.flags import Parser, add_engine_flags, add_sampling_flags, given, refuse
+from nanovllm.cli.partner import LocalPartner, Partner, Reply
+from nanovllm.cli.session import open_session
+from nanovllm.cli.terminal import BOLD, RED, YELLOW, say, styled, write_answer
+from nanovllm.cli.turns import BLOCK, history, turns
 
-try:
-    import readline
-except ImportError:  # a Python built without it: no history and no line editing
-    readline = None  # type: ignore[assignment]
-
-HISTORY_LINES = 2000
-BLOCK = '"""'
+WITH_URL = ("model", "seed")  # of the engine's flags those that mean something to a server
 
 
 def add_arguments(parser: Parser) -> None:
+    parser.add_argument(
+        "--url",
+        metavar="URL",
+        help="talk to a server with OpenAI's interface, such as http://127.0.0.1:8000; "
+        "--model is then a name that it knows, and what is not said here is its own default",
+    )
+    parser.add_argument("--api-key", metavar="KEY", help="what the server asks for")
     parser.add_argument("--system", metavar="TEXT", help="a system message to start with")
     parser.add_argument("--load", metavar="FILE", help="go on with a chat that /save wrote")
     add_sampling_flags(parser, skip=("n", "logprobs", "prompt_logprobs"))
@@ -38,36 +42,60 @@ def add_arguments(parser: Parser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    conversation = Conversation({}, options.system)
+    refused = NOT_SENT if options.url is not None else ()
+    conversation = Conversation({}, options.system, refused=refused)
     if options.load:
         _load_file(conversation, options.load)
-    session = open_session(options)
-    conversation.sampling = (
-        session.sampling | conversation.sampling | given(options, SamplingParams)
-    )
-    chat = Chat(session, conversation)
-    interactive = sys.stdin.isatty()
+    partner, sampling = _open(options)
+    try:
+        conversation.sampling = sampling | conversation.sampling | given(options, SamplingParams)
+        _talk(Chat(partner, conversation), sys.stdin.isatty())
+    finally:
+        partner.close()
+    return 0
+
+
+def _talk(chat: Chat, interactive: bool) -> None:
     if interactive:
-        info = session.llm.info
-        where = f"{info.device}, {info.dtype} · context {info.max_model_len} tokens"
-        say(f"nanovllm {__version__} · {session.name} · {where}")
+        say(f"nanovllm {__version__} · {chat.headline}")
         say("/help lists the commands, Ctrl-C stops an answer, Ctrl-D leaves")
-    with _history() if interactive else contextlib.nullcontext():
-        for text in _turns(interactive):
+    with history() if interactive else contextlib.nullcontext():
+        for text in turns(interactive):
             chat.obey(text)
             if chat.done:
                 break
-    session.llm.close()
-    return 0
+
+
+def _open(options: argparse.Namespace) -> tuple[Partner, dict[str, Any]]:
+    """(whom to talk to, its sampling options where nothing else is said)"""
+    if options.url is None:
+        if options.api_key is not None:
+            refuse("chat", "--api-key is for a server: give its --url too")
+        session = open_session(options)
+        return LocalPartner(session), session.sampling
+    wrong = [name for name in given(options, EngineConfig) if name not in WITH_URL]
+    if wrong:
+        refuse("chat", f"--{wrong[0].replace('_', '-')} is the server's own choice with --url")
+    wanted = {"max_tokens": None} | given(options, SamplingParams)
+    SamplingParams.from_kwargs(**wanted)
+    for name in wanted:
+        if name in NOT_SENT:
+            refuse("chat", f"--{name.replace('_', '-')} has no meaning with --url")
+    # asyncio takes a while to load, and chats with a model in this process do without.
+    from nanovllm.cli.remote import RemotePartner
+
+    partner = RemotePartner(options.url, options.api_key, getattr(options, "model", None))
+    return partner, wanted
 
 
 class Chat:
     """Obeys one input after the other: commands, and messages to the model."""
 
-    def __init__(self, session: Session, conversation: Conversation) -> None:
-        self._session = session
+    def __init__(self, partner: Partner, conversation: Conversation) -> None:
+        self.headline = partner.headline()
+        self._partner = partner
         self._conversation = conversation
-        self._last: RequestOutput | None = None
+        self._last: Reply | None = None
         self._num_answers = self._num_tokens = 0
         self.done = False
         self.commands: dict[str, tuple[str, str, Callable[[str], None]]] = {
@@ -102,40 +130,39 @@ class Chat:
         self.commands[name][2](argument.strip())
 
     def _ask(self, text: str) -> None:
-        llm, chat = self._session.llm, self._conversation
+        chat = self._conversation
         before = list(chat.messages)
         chat.messages.append({"role": "user", "content": text})
         try:
-            tokens, num_dropped = chat.fit(llm.render_chat, llm.info.max_model_len)
-            if num_dropped:
-                say(f"[the context is full: {num_dropped} oldest messages forgotten]", YELLOW)
-            output, interrupted = answer(llm, tokens, chat.params, write_answer)
+            reply = self._partner.reply(chat, write_answer, lambda words: say(words, YELLOW))
         except BaseException:
             chat.messages = before
             raise
         print(flush=True)
-        chat.messages.append({"role": "assistant", "content": output.text})
-        self._count(output)
-        say(f"[{speed(output)} · {self._context(output)}{self._ending(output, interrupted)}]")
-
-    def _count(self, output: RequestOutput) -> None:
-        self._last = output
+        if reply.interrupted and not reply.text:
+            chat.messages = before
+            say("[stopped before the first word: the question is forgotten]")
+            return
+        chat.messages.append({"role": "assistant", "content": reply.text})
+        self._last = reply
         self._num_answers += 1
-        self._num_tokens += len(output.token_ids)
+        self._num_tokens += reply.num_tokens
+        say(f"[{reply.speed()}{self._context(reply)}{self._ending(reply)}]")
 
-    def _context(self, output: RequestOutput) -> str:
-        used = len(output.prompt_token_ids) + len(output.token_ids)
-        limit = self._session.llm.info.max_model_len
-        return f"context {used} / {limit} ({used / limit:.0%})"
+    def _context(self, reply: Reply) -> str:
+        if reply.num_prompt_tokens is None:
+            return ""
+        used, limit = reply.num_prompt_tokens + reply.num_tokens, self._partner.context
+        return f" · context {used}" + (f" / {limit} ({used / limit:.0%})" if limit else " tokens")
 
-    def _ending(self, output: RequestOutput, interrupted: bool) -> str:
-        if interrupted:
+    def _ending(self, reply: Reply) -> str:
+        if reply.interrupted:
             return " · stopped"
-        if output.finish_reason == "length":
+        if reply.finish_reason == "length":
             limit = self._conversation.sampling.get("max_tokens")
-            full = limit is None or len(output.token_ids) < limit
+            full = limit is None or reply.num_tokens < limit
             return " · the context is full" if full else f" · max_tokens={limit} reached"
-        return f" · {output.outputs[0].error}" if output.finish_reason == "error" else ""
+        return f" · {reply.error}" if reply.finish_reason == "error" else ""
 
     # --- commands ---------------------------------------------------------------------------
 
@@ -176,18 +203,16 @@ class Chat:
         say(f"{len(self._conversation.messages)} messages read from {path}")
 
     def _stats(self, argument: str) -> None:
-        if self._last is not None and self._last.metrics is not None:
-            metrics = self._last.metrics
-            say(f"  last answer  {speed(self._last)}, {metrics.total_time:.2f} s in all")
-            say(
-                f"  its prompt   {metrics.num_prompt_tokens} tokens, "
-                f"{metrics.num_cached_tokens} of them from the prefix cache"
-            )
-        say(f"  session      {self._num_answers} answers, {self._num_tokens} tokens")
-        info = self._session.llm.info
-        backends = ", ".join(f"{part}: {choice.name}" for part, choice in info.choices.items())
-        say(f"  engine       {info.device}, {info.dtype}, {backends}")
-        say(f"  KV cache     {info.num_blocks} blocks of {info.block_size} slots")
+        rows = {}
+        if self._last is not None:
+            rows["last answer"] = f"{self._last.speed()}, {self._last.seconds:.2f} s in all"
+            if self._last.num_prompt_tokens is not None:
+                cached = self._last.num_cached_tokens
+                known = "" if cached is None else f", {cached} of them from the prefix cache"
+                rows["its prompt"] = f"{self._last.num_prompt_tokens} tokens{known}"
+        rows["session"] = f"{self._num_answers} answers, {self._num_tokens} tokens"
+        for name, text in (rows | self._partner.facts()).items():
+            say(f"  {name:<12} {text}")
 
     def _quit(self, argument: str) -> None:
         self.done = True
@@ -204,76 +229,3 @@ def _load_file(conversation: Conversation, name: str) -> None:
         conversation.load(Path(name).expanduser())
     except ChatError as error:
         raise OSError(str(error)) from None
-
-
-def _turns(interactive: bool) -> Iterator[str]:
-    """What the user enters, one message or command at a time, until the end of the input."""
-    while True:
-        try:
-            yield _read_turn(interactive)
-        except EOFError:
-            if interactive:
-                say("")
-            return
-        except KeyboardInterrupt:
-            if not interactive:
-                raise
-            say("\n(Ctrl-D leaves)")
-
-
-def _read_turn(interactive: bool) -> str:
-    """One turn, which may be several lines. Raises EOFError at the end."""
-    line = _read_line("> ", interactive)
-    if line.strip().startswith(BLOCK):
-        return _read_block(line.strip()[len(BLOCK) :], interactive)
-    lines = [line]
-    while lines[-1].endswith("\\"):
-        lines[-1] = lines[-1][:-1]
-        lines.append(_read_line(". ", interactive))
-    return "\n".join(lines)
-
-
-def _read_block(first: str, interactive: bool) -> str:
-    lines = [first] if first else []
-    while not (lines and lines[-1].rstrip().endswith(BLOCK)):
-        lines.append(_read_line(". ", interactive))
-    lines[-1] = lines[-1].rstrip()[: -len(BLOCK)]
-    return "\n".join(lines).strip("\n")
-
-
-def _read_line(prompt: str, interactive: bool) -> str:
-    if not interactive or not sys.stdout.isatty():
-        if interactive:  # the answers go elsewhere, and the prompt does not belong there
-            print(prompt, end="", file=sys.stderr, flush=True)
-        line = sys.stdin.readline()
-        if not line:
-            raise EOFError
-        return line.rstrip("\n")
-    if has_style(sys.stdout) and readline is not None:
-        prompt = f"\x01\x1b[{BOLD};{CYAN}m\x02{prompt}\x01\x1b[0m\x02"  # \x01..\x02: no width
-    return input(prompt)
-
-
-def history_file() -> Path:
-    """Where what was typed is kept (XDG base directory specification)."""
-    root = os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state"
-    return Path(root) / "nanovllm" / "chat_history"
-
-
-@contextlib.contextmanager
-def _history() -> Iterator[None]:
-    """Line editing with the history of earlier runs; a file that cannot be written is no error."""
-    if readline is None:
-        yield
-        return
-    path = history_file()
-    with contextlib.suppress(OSError):
-        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        readline.read_history_file(path)
-    readline.set_history_length(HISTORY_LINES)
-    try:
-        yield
-    finally:
-        with contextlib.suppress(OSError):
-            readline.write_history_file(path)
-            path.chmod(0o600)

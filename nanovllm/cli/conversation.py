@@ -9,7 +9,7 @@ import argparse
 import json
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
 from difflib import get_close_matches
 from pathlib import Path
@@ -19,7 +19,9 @@ from nanovllm import InvalidRequestError, SamplingParams
 from nanovllm.cli.flags import convert
 
 Message = dict[str, str]
-Render = Callable[[list[Message]], list[int]]
+Render = Callable[[list[Message]], Sequence[int]]
+# Sampling options that are no field of a chat request, or one that means something else there.
+NOT_SENT = ("detokenize", "logprobs", "prompt_logprobs")
 ANSWER_ROOM = 256  # tokens kept free for an answer when max_tokens says nothing smaller
 
 
@@ -29,11 +31,15 @@ class ChatError(Exception):
 
 @dataclass(slots=True)
 class Conversation:
-    """messages alternate between user and assistant; the system message stands apart."""
+    """messages alternate between user and assistant; the system message stands apart.
+
+    refused are sampling options that whoever answers does not have.
+    """
 
     sampling: dict[str, Any]
     system: str | None = None
     messages: list[Message] = field(default_factory=list)
+    refused: Sequence[str] = ()
 
     @property
     def params(self) -> SamplingParams:
@@ -45,7 +51,7 @@ class Conversation:
 
     def set(self, name: str, text: str) -> None:
         """Changes one sampling option. Raises ChatError, changing nothing."""
-        known = [f.name for f in fields(SamplingParams)]
+        known = [f.name for f in fields(SamplingParams) if f.name not in self.refused]
         if name not in known:
             near = [k for k in known if name and k.startswith(name)]
             near = near or get_close_matches(name, known, 1)
@@ -53,12 +59,12 @@ class Conversation:
             raise ChatError(f"there is no sampling option {name!r}; {hint}")
         try:
             changed = self.sampling | {name: convert(SamplingParams, name, text)}
-            _check_sampling(changed)
+            self._check_sampling(changed)
         except (InvalidRequestError, ValueError, argparse.ArgumentTypeError) as error:
             raise ChatError(str(error)) from None
         self.sampling = changed
 
-    def fit(self, render: Render, max_model_len: int) -> tuple[list[int], int]:
+    def fit(self, render: Render, max_model_len: int) -> tuple[Sequence[int], int]:
         """(prompt token ids, messages dropped): the oldest turns go until an answer has room.
 
         The last message always stays. Raises ChatError if it alone does not fit.
@@ -67,9 +73,7 @@ class Conversation:
         dropped = 0
         tokens = render(self.all_messages())
         while len(tokens) + room > max_model_len and len(self.messages) > 1:
-            turn = 2 if len(self.messages) > 2 else 1
-            del self.messages[:turn]
-            dropped += turn
+            dropped += self.drop_oldest()
             tokens = render(self.all_messages())
         if len(tokens) >= max_model_len:
             raise ChatError(
@@ -77,6 +81,12 @@ class Conversation:
                 f"the context has {max_model_len}"
             )
         return tokens, dropped
+
+    def drop_oldest(self) -> int:
+        """Forgets the oldest turn; the messages that went."""
+        num_messages = 2 if len(self.messages) > 2 else 1
+        del self.messages[:num_messages]
+        return num_messages
 
     def save(self, path: Path) -> None:
         """Writes JSON; a regular file whole or not at all.
@@ -113,10 +123,19 @@ class Conversation:
             if sampling.get("logit_bias"):  # JSON keys are strings
                 biases = dict(sampling["logit_bias"])
                 sampling["logit_bias"] = {int(i): bias for i, bias in biases.items()}
-            _check_sampling(sampling)
+            self._check_sampling(sampling)
         except (ValueError, KeyError, TypeError) as error:
             raise ChatError(f"{path} holds no saved chat: {error}") from None
         self.system, self.messages, self.sampling = system, messages, sampling
+
+    def _check_sampling(self, sampling: dict[str, Any]) -> None:
+        """Raises InvalidRequestError for what this chat cannot have."""
+        if sampling.get("n", 1) != 1:
+            raise InvalidRequestError("a chat has one answer: n stays 1")
+        for name in self.refused:
+            if name in sampling:
+                raise InvalidRequestError(f"{name} has no meaning for a server")
+        SamplingParams.from_kwargs(**sampling)
 
 
 def _replace(path: Path, text: str) -> None:
@@ -131,10 +150,3 @@ def _replace(path: Path, text: str) -> None:
         except BaseException:
             os.unlink(file.name)
             raise
-
-
-def _check_sampling(sampling: dict[str, Any]) -> None:
-    """Raises InvalidRequestError for what no chat can have."""
-    if sampling.get("n", 1) != 1:
-        raise InvalidRequestError("a chat has one answer: n stays 1")
-    SamplingParams.from_kwargs(**sampling)

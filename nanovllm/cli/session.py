@@ -92,15 +92,21 @@ def answer(
 
 
 def speed(output: RequestOutput) -> str:
-    """One line on how fast it was; decode speed counts from the first token on."""
+    """One line on how fast it was."""
     metrics = output.metrics
     if metrics is None:
         return ""
     num_tokens = sum(len(completion.token_ids) for completion in output.outputs)
+    first, total = metrics.time_to_first_token, metrics.total_time
+    return speed_words(num_tokens, len(output.outputs), first, total)
+
+
+def speed_words(num_tokens: int, num_answers: int, first: float | None, total: float) -> str:
+    """Tokens, tokens/s and seconds to the first token; decode speed counts from there on."""
     parts = [f"{num_tokens} token{'' if num_tokens == 1 else 's'}"]
-    seconds = metrics.total_time - metrics.time_to_first_token
-    decoded = num_tokens - len(output.outputs)
-    if decoded > 0 and seconds > 0:
-        parts.append(f"{decoded / seconds:.1f} tok/s")
-    parts.append(f"first token {metrics.time_to_first_token:.2f} s")
+    if first is not None:
+        decoded, seconds = num_tokens - num_answers, total - first
+        if decoded > 0 and seconds > 0:
+            parts.append(f"{decoded / seconds:.1f} tok/s")
+        parts.append(f"first token {first:.2f} s")
     return " · ".join(parts)

@@ -36,10 +36,10 @@ def styled(text: str, style: str, stream: TextIO | None = None) -> str:
     return f"\x1b[{style}m{text}\x1b[0m" if has_style(stream or sys.stderr) else text
 
 
-def say(text: str, style: str = DIM) -> None:
-    """One line beside the answer, after what was written of it."""
+def say(text: str, style: str = DIM, end: str = "\n") -> None:
+    """One line beside the answer, after what was written of it; or a piece of one."""
     sys.stdout.flush()
-    print(styled(text, style), file=sys.stderr, flush=True)
+    print(styled(text, style), end=end, file=sys.stderr, flush=True)
 
 
 class Status:

@@ -16,10 +16,10 @@ import pexpect
 import pytest
 
 from nanovllm import LLM, SamplingParams
-from nanovllm.cli import chat, terminal
-from nanovllm.cli.chat import history_file
+from nanovllm.cli import terminal, turns
 from nanovllm.cli.conversation import ChatError, Conversation
 from nanovllm.cli.session import answer
+from nanovllm.cli.turns import history_file
 
 SHORT = ("--max-tokens", "8", "--ignore-eos")
 
@@ -317,7 +317,7 @@ def test_the_prompt_stays_out_of_redirected_answers(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr("sys.stdin", io.StringIO("one\\\ntwo\n"))
-    assert chat._read_turn(interactive=True) == "one\ntwo"
+    assert turns.read_turn(interactive=True) == "one\ntwo"
     assert tuple(capsys.readouterr()) == ("", "> . ")
 
 

@@ -1,0 +1,154 @@
+"""The HTTP client and the event-stream parser against what networks and servers do to them."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+from contextlib import aclosing
+from typing import Any
+
+import pytest
+from scripted_server import Scripted, answer, delta, event, scripted, stream
+
+from nanovllm import ConfigError
+from nanovllm.client.api import ApiClient, RemoteError
+from nanovllm.client.http import Address
+from nanovllm.client.sse import EventParser
+
+DONE = b"data: [DONE]\n\n"
+
+
+def parse(*pieces: bytes) -> list[str]:
+    parser = EventParser()
+    return [data for piece in pieces for data in parser.feed(piece)]
+
+
+STREAMS: dict[bytes, list[str]] = {
+    b"data: a\n\ndata: b\n\n": ["a", "b"],
+    b"data: a\r\n\r\ndata: b\r\n\r\n": ["a", "b"],
+    b"data: a\r\rdata: b\r\r": ["a", "b"],
+    b"\xef\xbb\xbfdata: a\n\n": ["a"],
+    b": a comment\n\ndata: a\n: another\n\n:\n\n": ["a"],
+    b"data: one\ndata: two\n\n": ["one\ntwo"],
+    b"data:no space\n\ndata:  two spaces\n\n": ["no space", " two spaces"],
+    b"event: x\nid: 7\nretry: 10\ndata: a\n\n": ["a"],
+    b"data\n\n": [""],
+    b"id: 7\n\n": [],
+    b"data: cut": [],
+    "data: 你好 🙂\n\n".encode(): ["你好 🙂"],
+}
+
+
+@pytest.mark.parametrize("source", STREAMS)
+def test_events_however_the_bytes_are_cut(source: bytes) -> None:
+    assert parse(source) == STREAMS[source]
+    assert parse(*(source[i : i + 1] for i in range(len(source)))) == STREAMS[source]
+    for first, second in itertools.combinations(range(len(source)), 2):
+        assert parse(source[:first], source[first:second], source[second:]) == STREAMS[source]
+
+
+def collect(url: str, key: str | None = None) -> list[dict[str, Any]]:
+    async def work() -> list[dict[str, Any]]:
+        async with ApiClient(url, key) as api, aclosing(api.stream("/chat/completions", {})) as got:
+            return [chunk async for chunk in got]
+
+    return asyncio.run(work())
+
+
+def texts(chunks: list[dict[str, Any]]) -> str:
+    return "".join(chunk["choices"][0]["delta"]["content"] for chunk in chunks)
+
+
+def test_a_stream_in_single_bytes_is_the_same_stream() -> None:
+    source = b": hello\n\n" + delta("你") + delta("🙂!") + DONE
+    with scripted(stream(*(source[i : i + 1] for i in range(len(source))))) as server:
+        assert texts(collect(server.url)) == "你🙂!"
+
+
+BROKEN: dict[str, tuple[Any, str, str]] = {
+    "cut": (stream(delta("a"), end=False), "cut off", "in the middle"),
+    "no done": (stream(delta("a")), "cut off", "before [DONE]"),
+    "error": (stream(event({"error": {"message": "no memory"}})), "error in stream", "no memory"),
+    "no json": (stream(b"data: {oops\n\n"), "bad answer", "no chunk"),
+    "no stream": (answer({}), "bad answer", "without streaming"),
+    "closed": ([], "connection closed", "closed without an answer"),
+    "no http": ([b"SSH-2.0-x\r\n\r\n"], "bad answer", "no HTTP"),
+    "half a head": ([b"HTTP/1.1 200 OK\r\nContent-"], "bad answer", "within the head"),
+    "bad chunk": (
+        [stream()[0] + b"zz\r\nxx\r\n", b"0\r\n\r\n"],
+        "bad answer",
+        "not framed",
+    ),
+    "401": (answer({"error": {"message": "wrong key"}}, 401), "HTTP 401", "401: wrong key"),
+    "429": (
+        answer({"error": {"message": "full"}}, 429, Retry_After="7"),
+        "HTTP 429",
+        "try again in 7 s",
+    ),
+    "html": ([b"HTTP/1.1 502 Bad\r\nContent-Length: 9\r\n\r\n<h1>x</h>"], "HTTP 502", "<h1>x</h>"),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_what_breaks_is_one_line_with_a_kind(name: str) -> None:
+    script, kind, words = BROKEN[name]
+    with scripted(script) as server, pytest.raises(RemoteError) as caught:
+        collect(server.url)
+    assert caught.value.kind == kind
+    assert words in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_nothing_listens() -> None:
+    with scripted() as server:
+        server.close()
+        with pytest.raises(RemoteError, match="nothing listens") as caught:
+            collect(server.url)
+    assert caught.value.kind == "connection refused"
+
+
+def test_connections_are_kept_and_replaced_when_the_server_closed_them() -> None:
+    async def work(url: str) -> None:
+        async with ApiClient(url) as api:
+            for _ in range(3):
+                assert (await api.post("/x", b"{}")).body == {"ok": 1}
+            assert server.num_connections == 1
+            assert (await api.post("/x", b'{"close": 1}')).body == {"ok": 1}
+            await asyncio.sleep(0.05)
+            assert (await api.post("/x", b"{}")).body == {"ok": 1}
+            assert server.num_connections == 2
+
+    def respond(method: str, path: str, body: Any) -> Any:
+        if body == {"close": 1}:  # says nothing of closing, and does
+            head = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
+            return [head, b'9\r\n{"ok": 1}\r\n', b"0\r\n", b"\r\n"]
+        return answer({"ok": 1})
+
+    server = Scripted(respond)
+    asyncio.run(work(server.url))
+    server.close()
+
+
+ADDRESSES = {
+    "http://127.0.0.1:8000": "http://127.0.0.1:8000/v1",
+    "http://localhost:8000/": "http://localhost:8000/v1",
+    "https://host/v1/": "https://host/v1",
+    "https://host:443/api/v2": "https://host/api/v2",
+    "http://[::1]:80": "http://[::1]/v1",
+}
+
+
+def test_addresses() -> None:
+    assert {url: Address.parse(url).url for url in ADDRESSES} == ADDRESSES
+    for url in (
+        "localhost:8000",
+        "ftp://x",
+        "http://",
+        "http://h:99999",
+        "http://u:p@h",
+        "http://h/ä",
+    ):
+        with pytest.raises(ConfigError, match=r"no address|plain ASCII"):
+            Address.parse(url)
+    with pytest.raises(ConfigError, match="plain ASCII"):
+        ApiClient("http://h", "key\r\nX: y")
