@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from nanovllm.attention.base import AttentionBackend, AttentionSpec
+from nanovllm.attention.cpu import CpuAttention
 from nanovllm.attention.select import select_backend
 from nanovllm.attention.triton import TritonAttention
 from nanovllm.config import EngineConfig
@@ -209,6 +210,9 @@ def choose_platform(
     )
     attention, reasons = select_backend(spec, config.attention_backend)
     choices = {"ops": ops_choice, "attention": Choice(attention.name, "; ".join(reasons))}
+    if device.type == "cuda":
+        choices["graphs"] = choose_graphs(config, attention)
+    choices["invariant"] = choose_invariance(config, ops, attention)
     cache_dtype = dtype
     if config.kv_cache_dtype == "fp8":
         if not isinstance(attention, TritonAttention):
@@ -218,6 +222,27 @@ def choose_platform(
             )
         cache_dtype = torch.float8_e4m3fn
     return Platform(device, dtype, cache_dtype, ops, attention, choices)
+
+
+def choose_graphs(config: EngineConfig, attention: AttentionBackend) -> Choice:
+    """Whether steps are captured as CUDA graphs."""
+    if not isinstance(attention, TritonAttention):
+        return Choice("off", f"the {attention.name} attention backend is not captured")
+    return Choice("off", "enforce_eager=True") if config.enforce_eager else Choice("on")
+
+
+def choose_invariance(config: EngineConfig, ops: Ops, attention: AttentionBackend) -> Choice:
+    """Whether a request's bits are independent of its batch; ConfigError if asked for in vain."""
+    if isinstance(ops, cpu_ops.CpuOps) and isinstance(attention, CpuAttention):
+        return Choice("on", "the C++ kernels always are")
+    if isinstance(attention, TritonAttention):
+        return Choice("on" if config.batch_invariant else "off")
+    if config.batch_invariant:
+        raise ConfigError(
+            "batch_invariant=True needs the C++ kernels on a CPU or Triton on a GPU: nothing else "
+            f"promises it, and this is the {attention.name} attention backend"
+        )
+    return Choice("off", "torch's products depend on the number of rows")
 
 
 def choose_ops(device: torch.device) -> tuple[Ops, Choice]:
@@ -313,6 +338,12 @@ def _runner(
         from nanovllm.runner.gpu_runner import GpuModelRunner  # needs triton
 
         graphs = not config.enforce_eager
-        return GpuModelRunner(model, use_graphs=graphs, max_tokens=max_num_tokens, **options)
+        return GpuModelRunner(
+            model,
+            use_graphs=graphs,
+            max_tokens=max_num_tokens,
+            batch_invariant=config.batch_invariant,
+            **options,
+        )
     scope = cpu_ops.one_torch_thread if isinstance(platform.ops, cpu_ops.CpuOps) else nullcontext
     return ModelRunner(model, step_scope=scope, **options)

@@ -23,6 +23,7 @@ from nanovllm.kernels.gpu import sampling
 from nanovllm.kernels.gpu.prepare import gather_tokens, prepare
 from nanovllm.runner.cuda_graph import TOKEN_BUCKETS, GraphCache, bucket_of, token_bucket_of
 from nanovllm.runner.gpu_forward import GpuForward
+from nanovllm.runner.gpu_invariant import InvariantForward
 from nanovllm.runner.gpu_staging import Download, Downloader, Uploader
 from nanovllm.runner.model_runner import ModelRunner
 from nanovllm.runner.sampler import MIN_TEMPERATURE, token_logprobs
@@ -127,12 +128,24 @@ class GpuModelRunner(ModelRunner):
     """ModelRunner for one CUDA device and the Triton attention backend.
 
     use_graphs: capture steps of single tokens. max_tokens: tokens of one step at most.
+    batch_invariant: a token's bits do not depend on what is computed with it.
     """
 
-    def __init__(self, model: Any, *, use_graphs: bool, max_tokens: int, **options: Any) -> None:
+    def __init__(
+        self,
+        model: Any,
+        *,
+        use_graphs: bool,
+        max_tokens: int,
+        batch_invariant: bool = False,
+        **options: Any,
+    ) -> None:
         super().__init__(model, **options)
-        capability = torch.cuda.get_device_capability(self.device)
-        self._forward = GpuForward(model, model.attention, pdl=capability >= (9, 0))
+        pdl = torch.cuda.get_device_capability(self.device) >= (9, 0)
+        if batch_invariant:
+            self._forward: GpuForward = InvariantForward(model, self.rows.tokens.shape[1], pdl=pdl)
+        else:
+            self._forward = GpuForward(model, model.attention, pdl=pdl)
         num_rows, columns = self.rows.block_tables.shape
         size = bucket_of(num_rows)
         self._sampling = RowSampling(num_rows)

@@ -48,3 +48,15 @@ def test_machine_facts() -> None:
     assert hardware().num_threads == torch.get_num_threads()
     assert hardware().memory > 1 << 28
     assert versions()["torch"] == torch.__version__
+
+
+def test_batch_invariance_is_told_and_refused_where_nothing_promises_it(
+    cli: Any, tiny: Path
+) -> None:
+    found = json.loads(cli("info", "--model", tiny, "--batch-invariant", "--json").out)
+    expected = "on" if found["choices"]["ops"]["name"] == "c++" else "off"
+    assert found["choices"]["invariant"]["name"] == expected
+    line = ("info", "--model", tiny, "--batch-invariant", "--attention-backend", "torch")
+    refused = cli(*line, "--device", "cpu")
+    assert refused.status == 2
+    assert "batch_invariant" in refused.err
