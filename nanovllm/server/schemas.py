@@ -1,5 +1,8 @@
 """The bodies of requests: which fields there are, and of which type.
 
+Ranges stand here for the OpenAPI document; `SamplingParams` and validate.py enforce them, in better
+words than a schema has.
+
 Fields that nobody here knows are ignored and named once in the log. Fields that we know and do
 not support are refused by name, unless they hold a value that asks for nothing.
 """
@@ -8,15 +11,38 @@ from __future__ import annotations
 
 import logging
 import re
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import msgspec
 
+from nanovllm.sampling_params import MAX_LOGPROBS, MAX_N, SEED_LIMIT
 from nanovllm.server.errors import invalid
 
 logger = logging.getLogger("nanovllm.server")
+MAX_STOPS = 4
+MAX_PRIORITY = 2**31
+MAX_SALT = 1024
 
-Number = float
+
+def _shown(**keywords: Any) -> msgspec.Meta:
+    """Keywords of JSON Schema that are told and not enforced here."""
+    return msgspec.Meta(extra_json_schema=keywords)
+
+
+def _range(low: float, high: float) -> msgspec.Meta:
+    return _shown(minimum=low, maximum=high)
+
+
+Positive = Annotated[int, _shown(minimum=1)]
+Penalty = Annotated[float, _range(-2, 2)]
+TokenId = Annotated[int, _shown(minimum=0)]
+NumLogprobs = Annotated[int, _range(0, MAX_LOGPROBS)]
+NumChoices = Annotated[int, _range(1, MAX_N)]
+Words = Annotated[str, _shown(minLength=1)]
+LogitBias = Annotated[
+    dict[str, Annotated[float, _range(-100, 100)]],
+    _shown(propertyNames={"pattern": "^[0-9]{1,10}$"}),
+]
 
 NEUTRAL: tuple[Any, ...] = (None, False, [], {}, "")
 UNSUPPORTED: dict[str, tuple[Any, ...]] = {
@@ -74,26 +100,26 @@ class Request(msgspec.Struct, kw_only=True):
     model: str | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    max_tokens: int | None = None
-    min_tokens: int | None = None
-    temperature: Number | None = None
-    top_p: Number | None = None
-    top_k: int | None = None
-    min_p: Number | None = None
-    presence_penalty: Number | None = None
-    frequency_penalty: Number | None = None
-    repetition_penalty: Number | None = None
-    seed: int | None = None
-    n: int | None = None
-    stop: str | list[str] | None = None
-    stop_token_ids: list[int] | None = None
+    max_tokens: Positive | None = None
+    min_tokens: Annotated[int, _shown(minimum=0)] | None = None
+    temperature: Annotated[float, _range(0, 100)] | None = None
+    top_p: Annotated[float, _shown(exclusiveMinimum=0, maximum=1)] | None = None
+    top_k: Annotated[int, _shown(minimum=-1)] | None = None
+    min_p: Annotated[float, _range(0, 1)] | None = None
+    presence_penalty: Penalty | None = None
+    frequency_penalty: Penalty | None = None
+    repetition_penalty: Annotated[float, _range(1e-6, 100)] | None = None
+    seed: Annotated[int, _range(-SEED_LIMIT, SEED_LIMIT - 1)] | None = None
+    n: NumChoices | None = None
+    stop: Words | Annotated[list[Words], _shown(maxItems=MAX_STOPS)] | None = None
+    stop_token_ids: list[TokenId] | None = None
     ignore_eos: bool | None = None
     include_stop_str_in_output: bool | None = None
-    bad_words: list[str] | None = None
-    allowed_token_ids: list[int] | None = None
-    logit_bias: dict[str, Number] | None = None
-    priority: int | None = None
-    cache_salt: str | None = None
+    bad_words: list[Words] | None = None
+    allowed_token_ids: Annotated[list[TokenId], _shown(minItems=1)] | None = None
+    logit_bias: LogitBias | None = None
+    priority: Annotated[int, _range(-MAX_PRIORITY, MAX_PRIORITY)] | None = None
+    cache_salt: Annotated[str, _shown(maxLength=MAX_SALT)] | None = None
     timings: bool | None = None
 
 
@@ -136,10 +162,10 @@ class ToolSpec(msgspec.Struct, kw_only=True):
 
 
 class ChatRequest(Request, kw_only=True):
-    messages: list[ChatMessage]
-    max_completion_tokens: int | None = None
+    messages: Annotated[list[ChatMessage], _shown(minItems=1)]
+    max_completion_tokens: Positive | None = None
     logprobs: bool | None = None
-    top_logprobs: int | None = None
+    top_logprobs: NumLogprobs | None = None
     tools: list[ToolSpec] | None = None
     tool_choice: str | dict[str, Any] | None = None
     parallel_tool_calls: bool | None = None
@@ -148,9 +174,9 @@ class ChatRequest(Request, kw_only=True):
 
 
 class CompletionRequest(Request, kw_only=True):
-    prompt: str | list[str | int | list[int]]
+    prompt: Words | Annotated[list[Words | TokenId | list[TokenId]], _shown(minItems=1)]
     echo: bool | None = None
-    logprobs: int | None = None
+    logprobs: NumLogprobs | None = None
     add_special_tokens: bool | None = None
 
 
@@ -166,7 +192,7 @@ class TokenizeRequest(msgspec.Struct, kw_only=True):
 
 class DetokenizeRequest(msgspec.Struct, kw_only=True):
     model: str | None = None
-    tokens: list[int]
+    tokens: list[TokenId]
 
 
 _named_once: set[str] = set()

@@ -10,11 +10,15 @@ from typing import Any
 from nanovllm.errors import InvalidRequestError
 from nanovllm.sampling_params import MAX_LOGPROBS, SamplingParams
 from nanovllm.server.errors import context_overflow, from_engine, invalid
-from nanovllm.server.schemas import ChatRequest, CompletionRequest, Request
+from nanovllm.server.schemas import (
+    MAX_PRIORITY,
+    MAX_SALT,
+    MAX_STOPS,
+    ChatRequest,
+    CompletionRequest,
+    Request,
+)
 
-MAX_STOPS = 4
-MAX_PRIORITY = 2**31
-MAX_SALT = 1024
 _TOKEN_ID = re.compile(r"\d{1,10}")
 _SAME_NAME = (
     "min_tokens",
