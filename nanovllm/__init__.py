@@ -28,6 +28,7 @@ from nanovllm.errors import (
 )
 from nanovllm.outputs import CompletionOutput, Delta, Logprob, RequestMetrics, RequestOutput
 from nanovllm.sampling_params import SamplingParams
+from nanovllm.structured_output import StructuredOutput
 
 if TYPE_CHECKING:
     from nanovllm.async_llm import AsyncLLM
@@ -60,6 +61,7 @@ __all__ = [
     "RequestOutput",
     "SamplingParams",
     "StepError",
+    "StructuredOutput",
     "UnsupportedModelError",
     "WeightsError",
     "__version__",

@@ -27,6 +27,7 @@ from nanovllm.engine.core import EngineCore
 from nanovllm.engine.scheduler import Scheduler
 from nanovllm.errors import ConfigError, OutOfMemoryError
 from nanovllm.executor.inline import InlineExecutor
+from nanovllm.grammar.compiler import GrammarCompiler
 from nanovllm.kernels import cpu_ops
 from nanovllm.layers.ops import Ops, TorchOps
 from nanovllm.model_files import ModelFiles, find_model
@@ -129,8 +130,11 @@ def build_engine(config: EngineConfig, tracer: Tracer | None = None) -> Engine:
         logger.warning(note)
     model.finish_loading(platform.device, cache.max_model_len)
     ready()
+    compiler = None
+    if tokenizer is not None:
+        compiler = GrammarCompiler(tokenizer.to_json, decoder.vocab_size, files.eos_token_ids())
     runner = _runner(
-        config, model, platform, cache, block_size, num_seqs, num_tokens, files, tokenizer
+        config, model, platform, cache, block_size, num_seqs, num_tokens, files, tokenizer, compiler
     )
     core = EngineCore(
         Scheduler(
@@ -146,6 +150,7 @@ def build_engine(config: EngineConfig, tracer: Tracer | None = None) -> Engine:
         depth=ONE_STEP_AHEAD if config.async_scheduling else 1,
         seed=config.seed,
         clock=time.monotonic,
+        check_structure=compiler,
     )
     info = EngineInfo(
         model=config.model,
@@ -323,6 +328,7 @@ def _runner(
     max_num_tokens: int,
     files: ModelFiles,
     tokenizer: Tokenizer | None,
+    compiler: GrammarCompiler | None,
 ) -> ModelRunner:
     options: dict[str, Any] = {
         "device": platform.device,
@@ -333,6 +339,7 @@ def _runner(
         "max_model_len": cache.max_model_len,
         "stop_ids": files.eos_token_ids(),
         "bad_words": BadWords(tokenizer.spellings if tokenizer else None),
+        "constraints": compiler,
     }
     if isinstance(platform.attention, TritonAttention):
         from nanovllm.runner.gpu_runner import GpuModelRunner  # needs triton

@@ -12,6 +12,7 @@ from typing import Any, NoReturn
 
 from nanovllm.errors import InvalidRequestError
 from nanovllm.records import Record, real, unpacked, whole
+from nanovllm.structured_output import StructuredOutput, read_structure
 
 MAX_N = 128
 MAX_LOGPROBS = 20
@@ -115,6 +116,7 @@ _READERS: dict[str, Reader] = {
     "bad_words": _strings,
     "detokenize": _flag,
     "include_stop_str_in_output": _flag,
+    "structured_output": _optional(read_structure),
 }
 
 
@@ -144,6 +146,8 @@ class SamplingParams(Record):
     bad_words    strings that must not be produced (tokenized with and without a leading space)
     detokenize   False skips text; outputs carry token ids only
     include_stop_str_in_output   keep the stop string in the text
+    structured_output    the form that the text must have: JSON of a schema, a regular expression,
+                 a grammar, or one of some choices; the text ends where the form is complete
 
     Numbers of any library are accepted, and stored as plain ones. Raises InvalidRequestError
     naming the range when a value is outside of it, or the nearest name for an unknown one.
@@ -172,6 +176,7 @@ class SamplingParams(Record):
     bad_words: tuple[str, ...] | list[str] | str | None = ()
     detokenize: bool = True
     include_stop_str_in_output: bool = False
+    structured_output: StructuredOutput | Mapping[str, Any] | None = None
 
     def __post_init__(self) -> None:
         self._set(**{name: read(name, getattr(self, name)) for name, read in _READERS.items()})
@@ -181,6 +186,12 @@ class SamplingParams(Record):
             )
         if self.stop and not self.detokenize:
             raise InvalidRequestError("stop strings need detokenize=True")
+        for name in ("ignore_eos", "allowed_token_ids"):
+            if self.structured_output is not None and getattr(self, name):
+                raise InvalidRequestError(
+                    f"{name} contradicts structured_output, which says what may come and where "
+                    "the text ends"
+                )
 
     @property
     def greedy(self) -> bool:

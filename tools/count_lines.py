@@ -31,6 +31,7 @@ VALUES = (
     "progress",
     "records",
     "sampling_params",
+    "structured_output",
     "interrupts",
 )
 # A faster form of what is in the core, which is its specification.

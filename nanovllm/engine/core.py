@@ -20,6 +20,7 @@ from nanovllm.engine.scheduler import Scheduler, SequenceUpdate
 from nanovllm.engine.sequence import Sequence, Status
 from nanovllm.errors import EngineClosedError, InvalidRequestError
 from nanovllm.sampling_params import SamplingParams
+from nanovllm.structured_output import StructuredOutput
 
 
 class StepFuture(Protocol):
@@ -53,7 +54,8 @@ class EngineCore:
     """Owns scheduler and executor of one model.
 
     vocab_size bounds token ids; depth is the number of plans in flight, 1 to plan each step only
-    when the last one's result is known.
+    when the last one's result is known; check_structure raises InvalidRequestError for structured
+    output that cannot be had.
     """
 
     def __init__(
@@ -65,6 +67,7 @@ class EngineCore:
         depth: int = 2,
         seed: int = 0,
         clock: Callable[[], float],
+        check_structure: Callable[[StructuredOutput], object] | None = None,
     ) -> None:
         self.scheduler = scheduler
         self.vocab_size = vocab_size
@@ -72,6 +75,7 @@ class EngineCore:
         self._depth = depth
         self._seed = seed
         self._clock = clock
+        self._check_structure = check_structure
         self._in_flight: deque[StepFuture] = deque()
         self._groups: dict[str, list[Sequence]] = {}  # unfinished sequences of each request
         self._seq_ids = itertools.count()
@@ -135,6 +139,10 @@ class EngineCore:
                 self._check_token_id(f"a token id of {name}", token_id)
 
         self._check_something_is_left(params)
+        if isinstance(params.structured_output, StructuredOutput):
+            if self._check_structure is None:
+                raise InvalidRequestError("structured_output needs the model's tokenizer")
+            self._check_structure(params.structured_output)
 
     def _check_something_is_left(self, params: SamplingParams) -> None:
         """Refuses allowed_token_ids that min_tokens would forbid altogether."""

@@ -386,11 +386,13 @@ class Scheduler:
     def _ends(self, seq: Sequence, token_id: int) -> tuple[str | None, int | None]:
         params = seq.params
         assert isinstance(params.stop_token_ids, tuple)
-        if seq.num_output_tokens >= params.min_tokens:
-            if not params.ignore_eos and token_id in self.eos_token_ids:
-                return "stop", None
-            if token_id in params.stop_token_ids:
-                return "stop", token_id
+        enough = seq.num_output_tokens >= params.min_tokens
+        # A form that is complete ends the text even before min_tokens.
+        may_end = enough or params.structured_output is not None
+        if may_end and not params.ignore_eos and token_id in self.eos_token_ids:
+            return "stop", None
+        if enough and token_id in params.stop_token_ids:
+            return "stop", token_id
         if len(seq.token_ids) >= seq.max_tokens:
             return "length", None
         return None, None

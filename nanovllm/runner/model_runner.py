@@ -7,6 +7,7 @@ plan's input, and `PendingResult.wait` fetches it for the host. Knows no sequenc
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
@@ -16,6 +17,7 @@ from torch import Tensor
 from nanovllm.engine.plan import RowResult, StepPlan, StepResult, TokenLogprobs
 from nanovllm.models.decoder import Decoder
 from nanovllm.runner.batch import Batch, build_batch
+from nanovllm.runner.constraints import ConstraintFactory, Masks, RowConstraints
 from nanovllm.runner.rows import RowState
 from nanovllm.runner.sampler import BadWords, Sampled, Sampler, token_logprobs
 
@@ -33,7 +35,7 @@ class PendingResult:
 
     def wait(self) -> StepResult:
         tokens = self.sampled.token_ids.tolist() if self.sampled else []
-        failed = self.sampled.failed.tolist() if self.sampled else []
+        errors = self.sampled.reasons() if self.sampled else {}
         results, index = [], 0
         for step in self.plan.rows:
             start, prompt = self.prompt_logprobs.get(step.row, (0, ()))
@@ -45,11 +47,11 @@ class PendingResult:
             results.append(
                 RowResult(
                     step.row,
-                    () if failed[index] else (tokens[index],),
+                    () if index in errors else (tokens[index],),
                     () if logprobs is None else (logprobs,),
                     prompt,
                     start,
-                    "the model's logits are not finite numbers" if failed[index] else None,
+                    errors.get(index),
                 )
             )
             index += 1
@@ -71,6 +73,7 @@ class ModelRunner:
         max_model_len: int,
         stop_ids: tuple[int, ...] = (),
         bad_words: BadWords | None = None,
+        constraints: ConstraintFactory | None = None,
         step_scope: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> None:
         c = model.config
@@ -85,6 +88,7 @@ class ModelRunner:
         )
         self.rows = RowState(max_num_seqs, max_model_len, block_size, device)
         self._sampler = Sampler(self.rows, stop_ids, bad_words or BadWords())
+        self._constraints = RowConstraints(constraints, c.vocab_size)
 
     @torch.inference_mode()
     def execute(self, plan: StepPlan) -> PendingResult:
@@ -94,12 +98,14 @@ class ModelRunner:
 
     def _execute(self, plan: StepPlan) -> PendingResult:
         self.rows.apply(plan)
+        self._constraints.apply(plan)
         batch = build_batch(plan, self.rows, self.device)
+        masks = self._constraints.begin(batch.sample_rows, self.rows.num_tokens, self._tokens_of)
         try:
             self._copy_blocks(plan)
             hidden = self.model.forward(batch.token_ids, batch.attention, self.kv_cache)
             prompt_logprobs = dict(self._prompt_logprobs(plan, hidden))
-            sampled = self._sample(batch, hidden)
+            sampled = self._sample(batch, hidden, masks)
         finally:
             self.rows.advance(plan)
         return PendingResult(plan, sampled, prompt_logprobs)
@@ -109,12 +115,15 @@ class ModelRunner:
             sources, targets = zip(*plan.block_copies, strict=True)
             self.kv_cache[:, list(targets)] = self.kv_cache[:, list(sources)]
 
-    def _sample(self, batch: Batch, hidden: Tensor) -> Sampled | None:
+    def _tokens_of(self, row: int, start: int, stop: int) -> list[int]:
+        return self.rows.tokens[row, start:stop].tolist()
+
+    def _sample(self, batch: Batch, hidden: Tensor, masks: Future[Masks] | None) -> Sampled | None:
         rows = batch.sample_rows
         if not len(rows):
             return None
         logits = self.model.logits(hidden[batch.sample_positions])
-        sampled = self._sampler.sample(logits, rows)
+        sampled = self._sampler.sample(logits, rows, masks)
         on_device = torch.from_numpy(rows).to(self.device)
         positions = torch.from_numpy(self.rows.num_tokens[rows]).to(self.device)
         ends = positions < self.rows.tokens.shape[1]  # the context's last token has no slot

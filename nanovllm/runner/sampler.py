@@ -12,7 +12,8 @@ Shape legend: L rows that sample, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from concurrent.futures import Future
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -20,6 +21,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from nanovllm.engine.plan import TokenLogprobs
+from nanovllm.runner.constraints import Masks
 from nanovllm.runner.rows import RowState
 from nanovllm.sampling_params import SamplingParams
 
@@ -28,17 +30,27 @@ from nanovllm.sampling_params import SamplingParams
 NUM_CANDIDATES = 512
 # Colder than this is not greedier, but divides logits to infinity.
 MIN_TEMPERATURE = 1e-6
+NOT_FINITE = "the model's logits are not finite numbers"
 # The cumulative sum goes in two levels: over tiles, then inside one.
 TILE = 256
 
 
 @dataclass(slots=True)
 class Sampled:
-    """token_ids [L] on the device; failed [L] where the logits were not numbers."""
+    """token_ids [L] on the device; failed [L] where the logits were not numbers.
+
+    logprobs and errors are by index into the L rows; an error ends the row's sequence.
+    """
 
     token_ids: Tensor
     failed: Tensor
-    logprobs: dict[int, TokenLogprobs]  # by index into the L rows
+    logprobs: dict[int, TokenLogprobs]
+    errors: dict[int, str] = field(default_factory=dict)
+
+    def reasons(self) -> dict[int, str]:
+        """Why rows cannot go on, by index into the L rows; waits for the device."""
+        failed = {i: NOT_FINITE for i, wrong in enumerate(self.failed.tolist()) if wrong}
+        return failed | self.errors
 
 
 class Sampler:
@@ -49,13 +61,20 @@ class Sampler:
         self._stop_ids = stop_ids
         self._bad_words = bad_words
 
-    def sample(self, logits: Tensor, sample_rows: NDArray[np.int64]) -> Sampled:
-        """logits [L, V] float32 (changed in place) of rows sample_rows [L]."""
+    def sample(
+        self,
+        logits: Tensor,
+        sample_rows: NDArray[np.int64],
+        filling: Future[Masks] | None = None,
+    ) -> Sampled:
+        """logits [L, V] float32 (changed in place) of rows sample_rows [L]; filling gives the
+        masks of those that are constrained."""
         params = [self._params(row) for row in sample_rows]
         wanted = [i for i, p in enumerate(params) if p.logprobs is not None]
         raw = logits[wanted].clone() if wanted else None
         for i, (row, p) in enumerate(zip(sample_rows, params, strict=True)):
             self.adjust(logits[i], int(row), p)
+        errors = filling.result().apply(logits) if filling is not None else {}
         greedy = [i for i, p in enumerate(params) if p.greedy]
         plain = [i for i, p in enumerate(params) if not (p.greedy or p.restricted)]
         restricted = [i for i, p in enumerate(params) if p.restricted]
@@ -74,7 +93,7 @@ class Sampler:
             counts = [params[i].logprobs or 0 for i in wanted]
             found = token_logprobs(raw, token_ids[wanted], counts)
             logprobs = dict(zip(wanted, found, strict=True))
-        return Sampled(token_ids, failed, logprobs)
+        return Sampled(token_ids, failed, logprobs, errors)
 
     def _params(self, row: int) -> SamplingParams:
         params = self._rows.params[row]
@@ -129,7 +148,7 @@ class BadWords:
 
     def forbid(self, logits: Tensor, known: Tensor, params: SamplingParams) -> None:
         """Forbids each token that would complete a bad word after the tokens in `known`."""
-        for spelling in self._spellings(tuple(params.bad_words or ())):
+        for spelling in self.spellings(tuple(params.bad_words or ())):
             *head, last = spelling
             if len(head) > len(known):
                 continue
@@ -138,7 +157,7 @@ class BadWords:
             forbidden = (tail == prefix).all()
             logits[last] = torch.where(forbidden, float("-inf"), logits[last])
 
-    def _spellings(self, words: tuple[str, ...]) -> list[tuple[int, ...]]:
+    def spellings(self, words: tuple[str, ...]) -> list[tuple[int, ...]]:
         if words not in self._cache:
             assert self._encode is not None, "bad_words need a tokenizer"
             if len(self._cache) >= 256:

@@ -96,6 +96,10 @@ class Tokenizer:
     def token_id(self, token: str) -> int | None:
         return self._fast.token_to_id(token)
 
+    def to_json(self) -> str:
+        """The whole tokenizer in the format of tokenizer.json."""
+        return self._fast.to_str()
+
     def __len__(self) -> int:
         return self._fast.get_vocab_size(with_added_tokens=True)
 

@@ -28,6 +28,7 @@ NAMES = [
     "RequestOutput",
     "SamplingParams",
     "StepError",
+    "StructuredOutput",
     "UnsupportedModelError",
     "WeightsError",
     "__version__",

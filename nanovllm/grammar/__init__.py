@@ -1,0 +1,1 @@
+"""Compiles the forms that completions must have into constraints on their tokens."""
