@@ -13,6 +13,7 @@ from starlette.responses import Response
 
 from nanovllm.outputs import CompletionOutput, Delta, Logprob
 from nanovllm.server import schemas, validate
+from nanovllm.server.answers import Usage
 from nanovllm.server.errors import invalid
 from nanovllm.server.http import EventStream, event, json_response, read_body, until_gone
 from nanovllm.server.output_parser import OutputParser, whole_message
@@ -243,5 +244,5 @@ class _Writer:
             chunk["timings"] = timings(self._chat.stream.outputs)
         return event(chunk)
 
-    def _usage(self) -> dict[str, Any]:
+    def _usage(self) -> Usage:
         return usage(self._chat.stream.outputs, [self._cached])

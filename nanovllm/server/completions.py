@@ -14,6 +14,7 @@ from starlette.responses import Response
 from nanovllm.outputs import CompletionOutput, Delta, Logprob, RequestOutput
 from nanovllm.sampling_params import SamplingParams
 from nanovllm.server import schemas, validate
+from nanovllm.server.answers import Usage
 from nanovllm.server.chat import MIN_LOGPROB
 from nanovllm.server.http import EventStream, event, json_response, read_body, until_gone
 from nanovllm.server.schemas import CompletionRequest
@@ -244,5 +245,5 @@ class _Writer:
             chunk["timings"] = timings(self._completion.stream.outputs)
         return event(chunk)
 
-    def _usage(self) -> dict[str, Any]:
+    def _usage(self) -> Usage:
         return usage(self._completion.stream.outputs, self._cached)

@@ -205,6 +205,7 @@ class EngineClient(asyncio.Protocol):
         elif isinstance(report, messages.Ready):
             self.info = report
             self._metrics.engine_ready(report.num_blocks)
+            self._set_load(messages.Load(num_free_blocks=report.num_blocks))
             self.changed.set()
         else:
             self.die(f"{report.kind}: {report.message}")

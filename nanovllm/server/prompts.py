@@ -19,11 +19,10 @@ from typing import Any
 
 from nanovllm.errors import InvalidRequestError
 from nanovllm.server.errors import invalid
-from nanovllm.server.schemas import ChatMessage, ContentPart, ToolSpec
+from nanovllm.server.schemas import ROLES, ChatMessage, ContentPart, ToolSpec
 from nanovllm.text.chat import ChatTemplate
 from nanovllm.text.tokenizer import LONG_TEXT, Tokenizer
 
-ROLES = ("system", "developer", "user", "assistant", "tool")
 UNTRUSTED_ROLES = ("user", "tool")
 RESERVED = {
     "add_generation_prompt",
@@ -68,6 +67,16 @@ class PromptEncoder:
             return self._tokenizer.encode(text, add_special_tokens=add_special_tokens)
 
         if len(text) < LONG_TEXT:
+            return work()
+        return await asyncio.get_running_loop().run_in_executor(self._threads, work)
+
+    async def decode(self, token_ids: Sequence[int]) -> str:
+        """The text of token ids, with the names of special tokens."""
+
+        def work() -> str:
+            return self._tokenizer.decode(list(token_ids), skip_special_tokens=False)
+
+        if len(token_ids) < LONG_TEXT:
             return work()
         return await asyncio.get_running_loop().run_in_executor(self._threads, work)
 
@@ -172,8 +181,8 @@ def _part(part: ContentPart, where: str) -> str:
 
 
 def _tool(tool: ToolSpec, where: str) -> dict[str, Any]:
-    if tool.type != "function" or tool.function is None:
-        raise invalid(f"{where} must be of type 'function' and hold one", where)
+    if tool.type != "function":
+        raise invalid(f"{where} must be of type 'function', got {tool.type[:50]!r}", where)
     spec = {"name": tool.function.name, "description": tool.function.description}
     spec["parameters"] = tool.function.parameters  # type: ignore[assignment]
     return {

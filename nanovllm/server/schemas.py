@@ -19,6 +19,8 @@ from nanovllm.sampling_params import MAX_LOGPROBS, MAX_N, SEED_LIMIT
 from nanovllm.server.errors import invalid
 
 logger = logging.getLogger("nanovllm.server")
+ROLES = ("system", "developer", "user", "assistant", "tool")
+TEXT_PARTS = ("text", "input_text", "output_text", "refusal")
 MAX_STOPS = 4
 MAX_PRIORITY = 2**31
 MAX_SALT = 1024
@@ -124,7 +126,7 @@ class Request(msgspec.Struct, kw_only=True):
 
 
 class ContentPart(msgspec.Struct, kw_only=True):
-    type: str
+    type: Annotated[str, _shown(enum=TEXT_PARTS)]
     text: str | None = None
     refusal: str | None = None
 
@@ -141,7 +143,7 @@ class ToolCall(msgspec.Struct, kw_only=True):
 
 
 class ChatMessage(msgspec.Struct, kw_only=True):
-    role: str
+    role: Annotated[str, _shown(enum=ROLES)]
     content: str | list[ContentPart] | None = None
     name: str | None = None
     tool_calls: list[ToolCall] | None = None
@@ -157,8 +159,8 @@ class FunctionSpec(msgspec.Struct, kw_only=True):
 
 
 class ToolSpec(msgspec.Struct, kw_only=True):
-    type: str
-    function: FunctionSpec | None = None
+    type: Annotated[str, _shown(const="function")]
+    function: FunctionSpec
 
 
 class ChatRequest(Request, kw_only=True):

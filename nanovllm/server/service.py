@@ -13,6 +13,7 @@ from nanovllm.errors import ConfigError, InvalidRequestError
 from nanovllm.metrics.prometheus import PrometheusMetrics
 from nanovllm.model_files import ModelFiles
 from nanovllm.outputs import CompletionOutput, Delta, RequestOutput
+from nanovllm.server import answers
 from nanovllm.server.engine_client import EngineClient
 from nanovllm.server.errors import ApiError, engine_failed, from_engine, unavailable
 from nanovllm.server.output_parser import tool_style
@@ -165,16 +166,12 @@ class Service:
             raise engine_failed()
 
 
-def usage(outputs: Sequence[RequestOutput], cached: Sequence[int]) -> dict[str, Any]:
+def usage(outputs: Sequence[RequestOutput], cached: Sequence[int]) -> answers.Usage:
     """OpenAI's usage record over all prompts of a request."""
     num_prompt = sum(len(output.prompt_token_ids) for output in outputs)
     num_generated = sum(len(c.token_ids) for output in outputs for c in output.outputs)
-    return {
-        "prompt_tokens": num_prompt,
-        "completion_tokens": num_generated,
-        "total_tokens": num_prompt + num_generated,
-        "prompt_tokens_details": {"cached_tokens": sum(cached)},
-    }
+    details = answers.PromptTokensDetails(sum(cached))
+    return answers.Usage(num_prompt, num_generated, num_prompt + num_generated, details)
 
 
 def cached_tokens(outputs: Sequence[RequestOutput]) -> list[int]:
@@ -183,20 +180,20 @@ def cached_tokens(outputs: Sequence[RequestOutput]) -> list[int]:
     return [metrics.num_cached_tokens if metrics else 0 for metrics in first]
 
 
-def timings(outputs: Sequence[RequestOutput]) -> dict[str, Any]:
+def timings(outputs: Sequence[RequestOutput]) -> answers.Timings:
     """The first completion's times in llama.cpp's names and milliseconds."""
     metrics = outputs[0].outputs[0].metrics
     assert metrics is not None, "timings are of finished requests"
     decode = max(metrics.total_time - metrics.time_to_first_token, 1e-9)
     num_decoded = metrics.num_generated_tokens - 1  # the first one belongs to the prompt's time
-    return {
-        "prompt_n": metrics.num_prompt_tokens - metrics.num_cached_tokens,
-        "prompt_ms": round(1000 * (metrics.time_to_first_token - metrics.queue_time), 3),
-        "predicted_n": metrics.num_generated_tokens,
-        "predicted_ms": round(1000 * decode, 3),
-        "predicted_per_second": round(num_decoded / decode, 3),
-        "cache_n": metrics.num_cached_tokens,
-    }
+    return answers.Timings(
+        prompt_n=metrics.num_prompt_tokens - metrics.num_cached_tokens,
+        prompt_ms=round(1000 * (metrics.time_to_first_token - metrics.queue_time), 3),
+        predicted_n=metrics.num_generated_tokens,
+        predicted_ms=round(1000 * decode, 3),
+        predicted_per_second=round(num_decoded / decode, 3),
+        cache_n=metrics.num_cached_tokens,
+    )
 
 
 def _sampling_defaults(generation: dict[str, Any]) -> dict[str, Any]:
