@@ -16,9 +16,9 @@ from typing import Any
 
 from nanovllm.build import EngineInfo, build_engine
 from nanovllm.config import EngineConfig
-from nanovllm.errors import EngineClosedError, InvalidRequestError
-from nanovllm.llm import Prompt, encode_prompt, encode_salt
+from nanovllm.errors import EngineClosedError
 from nanovllm.outputs import Delta
+from nanovllm.prompts import Prompt, encode_prompt, encode_salt, params_for
 from nanovllm.requests import RequestTracker
 from nanovllm.sampling_params import SamplingParams
 from nanovllm.text.chat import Message
@@ -62,16 +62,16 @@ class AsyncLLM:
         request_id: str | None = None,
         priority: int = 0,
         cache_salt: str = "",
+        **sampling: Any,
     ) -> AsyncIterator[Delta]:
         """Yields what each step adds to the prompt's completions, until all have finished.
 
+        Sampling options may be given as keywords instead of SamplingParams.
         Raises InvalidRequestError before the first delta if the prompt cannot be served, and
         EngineClosedError if the engine is closed meanwhile.
         """
-        params = SamplingParams() if sampling_params is None else sampling_params
-        if not isinstance(params, SamplingParams):
-            raise InvalidRequestError(f"sampling_params must be SamplingParams, got {params!r}")
-        text, token_ids = encode_prompt(self._engine, prompt, params)
+        (params,) = params_for(1, sampling_params, sampling)
+        text, token_ids = encode_prompt(self._engine.tokenizer, prompt, params)
         salt = encode_salt(cache_salt)
         request_id = f"async-{next(self._ids)}" if request_id is None else request_id
         loop = asyncio.get_running_loop()

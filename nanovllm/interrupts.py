@@ -34,3 +34,30 @@ def interrupts_deferred() -> Iterator[None]:
         signal.signal(signal.SIGINT, handler)
         if caught:
             handler(signal.SIGINT, caught[0])
+
+
+class Turns:
+    """Lets one thread at a time at the engine's books, Ctrl-C held back meanwhile.
+
+    Threads take turns in the order of asking: who has just had one queues behind those that wait.
+    """
+
+    def __init__(self) -> None:
+        self._next = threading.Lock()  # held by the thread whose turn comes next
+        self._books = threading.Lock()
+        self._owner: int | None = None
+
+    @contextmanager
+    def taken(self) -> Iterator[None]:
+        if self._owner == threading.get_ident():  # from within a turn: a tracer, a finalizer
+            yield
+            return
+        with interrupts_deferred():
+            with self._next:
+                self._books.acquire()
+            self._owner = threading.get_ident()
+            try:
+                yield
+            finally:
+                self._owner = None
+                self._books.release()

@@ -1,30 +1,35 @@
 """The public API for code that waits: `LLMEngine` step by step, `LLM` for whole calls.
 
-Thin: feeds the same engine as everything else. One thread at a time may use an instance.
+Thin: feeds the same engine as everything else. Several threads may use an instance: they take
+turns, step by step, so that their requests share the engine's steps.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Self
 
-from nanovllm.build import Engine, EngineInfo, build_engine
+from nanovllm.build import EngineInfo, build_engine
 from nanovllm.config import EngineConfig
 from nanovllm.errors import InvalidRequestError
-from nanovllm.interrupts import interrupts_deferred
+from nanovllm.interrupts import Turns
 from nanovllm.outputs import Delta, RequestOutput
 from nanovllm.progress import Progress
+from nanovllm.prompts import (
+    EncodedPrompt,
+    Prompt,
+    encode_prompt,
+    encode_salt,
+    params_for,
+    split_batch,
+)
 from nanovllm.requests import RequestTracker
 from nanovllm.sampling_params import SamplingParams
 from nanovllm.text.chat import Message
 from nanovllm.text.tokenizer import Tokenizer
 from nanovllm.trace.events import Tracer
-
-Prompt = str | Sequence[int]
-EncodedPrompt = tuple[str | None, list[int]]  # text if there was one, token ids
 
 
 class LLMEngine:
@@ -43,8 +48,9 @@ class LLMEngine:
             self._engine.tokenizer, stop=lambda seq: core.stop(seq, "stop")
         )
         self._ids = itertools.count()
+        self._turns = Turns()
         self._unreported: dict[str, RequestOutput] = {}  # changed outside of `step`
-        self._streams: dict[str, deque[Delta]] = {}  # not yet read; of the streams that are open
+        self._streams: dict[str, list[Delta]] = {}  # not yet read; of the streams that are open
 
     @property
     def info(self) -> EngineInfo:
@@ -63,16 +69,16 @@ class LLMEngine:
         request_id: str | None = None,
         priority: int = 0,
         cache_salt: str = "",
+        **sampling: Any,
     ) -> str:
         """Queues a prompt (text or token ids) and returns the request's id.
 
-        Requests with different cache_salt never share KV blocks; a lower priority value goes
-        first. Raises InvalidRequestError, with nothing queued, if it cannot be served.
+        Sampling options may be given as keywords instead of SamplingParams. Requests with
+        different cache_salt never share KV blocks; a lower priority value goes first. Raises
+        InvalidRequestError, with nothing queued, if it cannot be served.
         """
-        params = SamplingParams() if sampling_params is None else sampling_params
-        if not isinstance(params, SamplingParams):
-            raise InvalidRequestError(f"sampling_params must be SamplingParams, got {params!r}")
-        encoded = encode_prompt(self._engine, prompt, params)
+        (params,) = params_for(1, sampling_params, sampling)
+        encoded = encode_prompt(self.tokenizer, prompt, params)
         salt = encode_salt(cache_salt)
         return self._add(encoded, params, request_id, priority, salt).request_id
 
@@ -85,9 +91,9 @@ class LLMEngine:
         salt: bytes = b"",
     ) -> RequestOutput:
         text, token_ids = encoded
-        request_id = self._new_id() if request_id is None else request_id
         core = self._engine.core
-        with interrupts_deferred():
+        with self._turns.taken():
+            request_id = self._new_id() if request_id is None else request_id
             sequences = core.add(request_id, token_ids, params, priority=priority, salt=salt)
             return self._tracker.add(request_id, text, token_ids, params, sequences)
 
@@ -97,12 +103,13 @@ class LLMEngine:
 
     def step(self) -> list[RequestOutput]:
         """Advances the engine by one step; the requests that changed, with all they have so far."""
-        self._advance()
-        changed, self._unreported = self._unreported, {}
-        for request_id, output in changed.items():
-            if output.finished:
-                self._tracker.forget(request_id)
-        return list(changed.values())
+        self._advance()  # a turn of its own: interrupted, it leaves its outputs to the next step
+        with self._turns.taken():
+            changed, self._unreported = self._unreported, {}
+            for request_id, output in changed.items():
+                if output.finished:
+                    self._tracker.forget(request_id)
+            return list(changed.values())
 
     def is_finished(self) -> bool:
         """Whether nothing is left to do."""
@@ -110,7 +117,7 @@ class LLMEngine:
 
     def abort(self, request_id: str) -> None:
         """Ends a request; its KV blocks are free at once. An unknown id is ignored."""
-        with interrupts_deferred():
+        with self._turns.taken():
             for seq in self._engine.core.abort(request_id):
                 self._to_stream(self._tracker.end(seq, "abort"))
                 self._unreported[request_id] = self._tracker.outputs[request_id]
@@ -129,18 +136,12 @@ class LLMEngine:
         InvalidRequestError before anything runs if any of the prompts cannot be served. When
         interrupted, the prompts' requests are aborted and the engine stays usable.
         """
-        if not isinstance(prompts, Sequence):
-            raise InvalidRequestError(f"prompts must be a prompt or a list of them: {prompts!r}")
-        single = isinstance(prompts, str) or _is_token_ids(prompts)
-        batch: list[Prompt] = [prompts] if single else list(prompts)  # type: ignore[list-item, arg-type]
-        params = _params_for(batch, sampling_params, sampling)
-        pairs = list(zip(batch, params, strict=True))
-        encoded = [encode_prompt(self._engine, prompt, p) for prompt, p in pairs]
-        for (_, token_ids), p in zip(encoded, params, strict=True):
-            self._engine.core.validate(token_ids, p)
+        batch, single = split_batch(prompts)
+        params = params_for(len(batch), sampling_params, sampling)
+        encoded = [self._encode(*pair) for pair in zip(batch, params, strict=True)]
         outputs: list[RequestOutput] = []
         try:
-            with interrupts_deferred():
+            with self._turns.taken():
                 for one, p in zip(encoded, params, strict=True):
                     outputs.append(self._add(one, p))  # one by one: what was added is known
             with Progress(len(outputs), disable=not use_tqdm) as progress:
@@ -159,22 +160,28 @@ class LLMEngine:
         Errors are raised at once, work starts with the first delta; leaving the loop early
         aborts the request.
         """
-        params = _params_for([prompt], sampling_params, sampling)[0]
-        encoded = encode_prompt(self._engine, prompt, params)
+        (params,) = params_for(1, sampling_params, sampling)
+        return self._stream(self._encode(prompt, params), params)
+
+    def _encode(self, prompt: Prompt, params: SamplingParams) -> EncodedPrompt:
+        encoded = encode_prompt(self.tokenizer, prompt, params)
         self._engine.core.validate(encoded[1], params)
-        return self._stream(encoded, params)
+        return encoded
 
     def _stream(self, encoded: EncodedPrompt, params: SamplingParams) -> Iterator[Delta]:
         outputs: list[RequestOutput] = []
         try:
-            with interrupts_deferred():
+            with self._turns.taken():
                 outputs.append(self._add(encoded, params))
-                unread = self._streams[outputs[0].request_id] = deque()
-            while unread or not outputs[0].finished:
-                if not unread:
-                    self._advance()
-                while unread:
-                    yield unread.popleft()
+                unread = self._streams[outputs[0].request_id] = []
+            finished = False
+            while not finished:
+                with self._turns.taken():
+                    if not unread and not outputs[0].finished:
+                        self._advance()
+                    finished, deltas = outputs[0].finished, unread.copy()
+                    unread.clear()
+                yield from deltas
         finally:
             self._release(outputs)
 
@@ -183,7 +190,7 @@ class LLMEngine:
 
         Ctrl-C is handled at the end of the step.
         """
-        with interrupts_deferred():
+        with self._turns.taken():
             updates = (self._tracker.apply(update) for update in self._engine.core.step())
             deltas = [delta for delta in updates if delta is not None]
             for delta in deltas:
@@ -196,7 +203,7 @@ class LLMEngine:
             self._streams[delta.request_id].append(delta)
 
     def _release(self, outputs: list[RequestOutput]) -> None:
-        with interrupts_deferred():
+        with self._turns.taken():
             for output in outputs:
                 if not output.finished:
                     self.abort(output.request_id)
@@ -206,7 +213,8 @@ class LLMEngine:
 
     def close(self) -> None:
         """Releases threads and memory; later calls raise EngineClosedError."""
-        self._engine.core.close()
+        with self._turns.taken():
+            self._engine.core.close()
 
     def __enter__(self) -> Self:
         return self
@@ -269,49 +277,3 @@ class LLM(LLMEngine):
             raise InvalidRequestError("chat needs a tokenizer: skip_tokenizer_init is set")
         text = self._engine.chat_template.render(messages, **options)
         return self.tokenizer.encode(text, add_special_tokens=False)
-
-
-def encode_prompt(engine: Engine, prompt: Prompt, params: SamplingParams) -> EncodedPrompt:
-    """Raises InvalidRequestError if prompt is neither."""
-    if engine.tokenizer is None and (params.stop or params.bad_words):
-        raise InvalidRequestError("stop strings and bad_words need a tokenizer")
-    if isinstance(prompt, str):
-        if engine.tokenizer is None:
-            raise InvalidRequestError("a text prompt needs a tokenizer: pass token ids")
-        return prompt, engine.tokenizer.encode(prompt)
-    if not isinstance(prompt, Sequence) or isinstance(prompt, (bytes, bytearray)):
-        raise InvalidRequestError(f"a prompt must be a string or a list of token ids: {prompt!r}")
-    return None, [*prompt]
-
-
-def encode_salt(cache_salt: str) -> bytes:
-    """Raises InvalidRequestError if cache_salt is not text."""
-    if not isinstance(cache_salt, str):
-        raise InvalidRequestError(f"cache_salt must be a string, got {cache_salt!r}")
-    return cache_salt.encode(errors="surrogatepass")
-
-
-def _is_token_ids(value: Any) -> bool:
-    return bool(value) and all(isinstance(item, int) for item in value)
-
-
-def _params_for(
-    prompts: list[Prompt],
-    given: SamplingParams | Sequence[SamplingParams] | None,
-    sampling: Mapping[str, Any],
-) -> list[SamplingParams]:
-    if given is not None and sampling:
-        raise InvalidRequestError(
-            f"give SamplingParams or keywords, not both (keywords: {', '.join(sampling)})"
-        )
-    if given is None:
-        given = SamplingParams.from_kwargs(**sampling)
-    if isinstance(given, SamplingParams):
-        return [given] * len(prompts)
-    params = list(given)
-    for p in params:
-        if not isinstance(p, SamplingParams):
-            raise InvalidRequestError(f"sampling_params must be SamplingParams, got {given!r}")
-    if len(params) != len(prompts):
-        raise InvalidRequestError(f"{len(prompts)} prompts but {len(params)} sampling_params")
-    return params
