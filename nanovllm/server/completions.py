@@ -106,11 +106,12 @@ async def _whole(completion: _Completion) -> dict[str, Any]:
                 service.check(choice)
     except Exception as error:
         raise service.explain(error) from None
+    num = completion.request.n or 1
     answer = completion.head() | {
         "choices": [
-            _choice(completion, job, output, choice)
+            _choice(completion, job, output, choice) | {"index": job * num + rank}
             for job, output in enumerate(outputs)
-            for choice in output.outputs
+            for rank, choice in enumerate(_best(output.outputs, num))
         ],
         "usage": usage(outputs, cached_tokens(outputs)),
     }
@@ -119,17 +120,29 @@ async def _whole(completion: _Completion) -> dict[str, Any]:
     return answer
 
 
+def _best(candidates: list[CompletionOutput], num: int) -> list[CompletionOutput]:
+    """Those with the highest log-probability a token, if there are more than asked for."""
+    if len(candidates) == num:
+        return candidates
+
+    def mean_logprob(output: CompletionOutput) -> float:
+        assert output.cumulative_logprob is not None, "log-probabilities were asked for"
+        return output.cumulative_logprob / max(len(output.token_ids), 1)
+
+    return sorted(candidates, key=mean_logprob, reverse=True)[:num]
+
+
 def _choice(
     completion: _Completion, job: int, output: RequestOutput, choice: CompletionOutput
 ) -> dict[str, Any]:
     echo = completion.prompts[job]
-    entries: Entries | None = choice.logprobs
+    entries: Entries | None = None if completion.request.logprobs is None else choice.logprobs
     if entries is not None and output.prompt_logprobs is not None:
         entries = [*output.prompt_logprobs, *entries]
     ids = [*output.prompt_token_ids, *choice.token_ids]
     first = [completion.service.tokenizer.token_text(ids[0])]
     return {
-        "index": job * len(output.outputs) + choice.index,
+        "index": choice.index,
         "text": echo + choice.text,
         "logprobs": _logprobs(entries, completion.request.logprobs, 0, first)[0],
         "finish_reason": choice.finish_reason,

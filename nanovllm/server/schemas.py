@@ -177,6 +177,7 @@ class ChatRequest(Request, kw_only=True):
 
 class CompletionRequest(Request, kw_only=True):
     prompt: Words | Annotated[list[Words | TokenId | list[TokenId]], _shown(minItems=1)]
+    best_of: NumChoices | None = None
     echo: bool | None = None
     logprobs: NumLogprobs | None = None
     add_special_tokens: bool | None = None

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from nanovllm.errors import InvalidRequestError
-from nanovllm.sampling_params import MAX_LOGPROBS, SamplingParams
+from nanovllm.sampling_params import MAX_LOGPROBS, MAX_N, SamplingParams
 from nanovllm.server.errors import context_overflow, from_engine, invalid
 from nanovllm.server.schemas import (
     MAX_PRIORITY,
@@ -74,16 +74,34 @@ def chat_params(request: ChatRequest, limits: Limits) -> SamplingParams:
 def completion_params(request: CompletionRequest, limits: Limits) -> SamplingParams:
     """Raises ApiError naming the parameter."""
     max_tokens = 16 if request.max_tokens is None else request.max_tokens
-    num_logprobs = request.logprobs
-    if num_logprobs is not None:
-        _count("logprobs", num_logprobs, MAX_LOGPROBS)
+    shown = request.logprobs
+    if shown is not None:
+        _count("logprobs", shown, MAX_LOGPROBS)
+    candidates = _num_candidates(request, limits)
     return _params(
         request,
         limits,
         max_tokens=max_tokens,
-        logprobs=num_logprobs,
-        prompt_logprobs=num_logprobs if request.echo else None,
+        logprobs=0 if shown is None and candidates else shown,
+        prompt_logprobs=shown if request.echo else None,
+        **candidates,
     )
+
+
+def _num_candidates(request: CompletionRequest, limits: Limits) -> dict[str, int]:
+    """n, where more completions are asked for than are answered with; they are compared by
+    log-probability."""
+    best_of, num = request.best_of, 1 if request.n is None else request.n
+    if best_of is None:
+        return {}
+    high = min(MAX_N, limits.max_sequences)
+    if not max(num, 1) <= best_of <= high:
+        raise invalid(f"best_of must be in [n, {high}], got {best_of} with n = {num}", "best_of")
+    if best_of == num:
+        return {}
+    if request.stream:
+        raise invalid("best_of over n needs complete answers: stream must be false", "best_of")
+    return {"n": best_of}
 
 
 def _params(request: Request, limits: Limits, **derived: Any) -> SamplingParams:

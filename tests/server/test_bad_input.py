@@ -253,7 +253,6 @@ def test_logprobs(live: Live) -> None:
     ("name", "value"),
     [
         ("suffix", "x"),
-        ("best_of", 3),
         ("response_format", {"type": "json_object"}),
         ("guided_json", {"type": "object"}),
         ("functions", [{"name": "f"}]),
@@ -268,6 +267,29 @@ def test_what_is_known_and_not_supported_is_refused_by_name(
     for path, prompt in ((CHAT, {"messages": HELLO}), (TEXT, {"prompt": "fox"})):
         error = refused(live, path, prompt | {name: value})
         assert (error["param"], error["code"]) == (name, "unsupported_parameter")
+
+
+def test_best_of(live: Live) -> None:
+    for fields in (
+        {"best_of": 0},
+        {"best_of": -1},
+        {"best_of": 129},
+        {"best_of": 2, "n": 3},
+        {"best_of": True},
+        {"best_of": "2"},
+        {"best_of": 1.5},
+        {"best_of": 2, "stream": True},
+    ):
+        assert refused(live, TEXT, {"prompt": "fox"} | fields)["param"] == "best_of"
+    error = refused(live, CHAT, {"messages": HELLO, "best_of": 2})
+    assert (error["param"], error["code"]) == ("best_of", "unsupported_parameter")
+
+
+def test_more_completions_than_fit(start: Any) -> None:
+    live = start({"max_waiting": 1}, max_num_seqs=2)
+    for name in ("n", "best_of"):
+        assert refused(live, TEXT, {"prompt": "fox", name: 4})["param"] == name
+        assert request(live.port, "POST", TEXT, {"prompt": "fox", name: 3})[0] == 200
 
 
 def test_tool_choices_that_need_a_grammar_are_refused(live: Live) -> None:

@@ -154,6 +154,41 @@ def test_scoring_as_evaluation_harnesses_ask_for_it(live: Live) -> None:
     assert [tokens[i] for i in (0, 1)] == [c["logprobs"]["tokens"] for c in whole["choices"]]
 
 
+def test_best_of_gives_the_most_likely_of_them(live: Live) -> None:
+    """By log-probability a token, among completions that differ in length."""
+    body = {
+        "prompt": ["the quick", "fox"],
+        "max_tokens": 12,
+        "temperature": 1.5,
+        "seed": 5,
+        "logprobs": 0,
+        "logit_bias": {"2": 8},
+    }
+    every = request(live.port, "POST", "/v1/completions", body | {"n": 6})[2]
+    best = request(live.port, "POST", "/v1/completions", body | {"n": 2, "best_of": 6})[2]
+    quiet = body | {"n": 2, "best_of": 6, "logprobs": None}
+    same = request(live.port, "POST", "/v1/completions", quiet)[2]
+
+    def mean(choice: dict[str, Any]) -> float:
+        values = choice["logprobs"]["token_logprobs"]
+        return float(sum(values) / len(values))
+
+    choices = every["choices"]
+    assert len({len(choice["logprobs"]["tokens"]) for choice in choices}) > 1
+    expected = []
+    for start in (0, 6):
+        ranked = sorted(choices[start : start + 6], key=mean, reverse=True)
+        expected += [choice["text"] for choice in ranked[:2]]
+    assert [choice["text"] for choice in best["choices"]] == expected
+    assert [choice["text"] for choice in same["choices"]] == expected
+    assert [choice["index"] for choice in best["choices"]] == [0, 1, 2, 3]
+    assert all(choice["logprobs"] is None for choice in same["choices"])
+    # All that were computed are paid for.
+    assert best["usage"] == every["usage"] | {
+        "prompt_tokens_details": best["usage"]["prompt_tokens_details"]
+    }
+
+
 def test_stop_strings_leak_nothing(live: Live) -> None:
     body = {"prompt": "the quick", "temperature": 0, "max_tokens": 40, "ignore_eos": True}
     text = request(live.port, "POST", "/v1/completions", body)[2]["choices"][0]["text"]
