@@ -6,12 +6,12 @@ import importlib.metadata
 import os
 import platform
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 
 import nanovllm
+from nanovllm.bench.host import cpu_name, cpuinfo, system, usable_cores
 
 PACKAGES = ("torch", "triton", "numpy", "tokenizers", "safetensors", "transformers")
 # Instruction sets that the kernels make use of, in the spelling of /proc/cpuinfo.
@@ -36,11 +36,11 @@ class Hardware:
 
 
 def hardware() -> Hardware:
-    facts = _cpuinfo()
+    facts = cpuinfo()
     flags = set((facts.get("flags") or facts.get("Features") or "").split())
     return Hardware(
-        cpu=facts.get("model name") or platform.processor() or platform.machine(),
-        num_cores=_usable_cores(),
+        cpu=cpu_name(facts),
+        num_cores=usable_cores(),
         num_threads=torch.get_num_threads(),
         instruction_sets=tuple(name for name in INSTRUCTION_SETS if name in flags),
         memory=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
@@ -53,7 +53,7 @@ def versions() -> dict[str, str]:
     found = {
         "nanovllm": nanovllm.__version__,
         "python": platform.python_version(),
-        "system": f"{platform.system()} {platform.release()} {platform.machine()}",
+        "system": system(),
     }
     for name in PACKAGES:
         try:
@@ -74,19 +74,3 @@ def _gpu(index: int) -> str:
     properties = torch.cuda.get_device_properties(index)
     major, minor = properties.major, properties.minor
     return f"{properties.name}, {properties.total_memory / GIB:.0f} GiB, sm_{major}{minor}"
-
-
-def _usable_cores() -> int:
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
-
-
-def _cpuinfo() -> dict[str, str]:
-    """The first processor's entries; empty where there is no /proc."""
-    try:
-        text = Path("/proc/cpuinfo").read_text()
-    except OSError:
-        return {}
-    lines = (line.partition(":") for line in text.split("\n\n")[0].splitlines())
-    return {key.strip(): value.strip() for key, _, value in lines}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import datetime
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -12,22 +12,10 @@ from typing import Any
 from nanovllm.bench.machine import machine
 from nanovllm.bench.offline import Report, Result
 from nanovllm.bench.roofline import Ceilings
+from nanovllm.bench.table import table
 
 HEADER = ("case", "in", "out", "seconds", "result", "first token", "roof", "of roof")
 UNITS = {"output": "out tok/s", "prompt": "in tok/s"}
-
-
-def table(rows: Iterable[Sequence[str]]) -> str:
-    """Columns wide enough for their longest entry; the first to the left, others to the right."""
-    lines = [list(row) for row in rows]
-    widths = [max(len(row[i]) for row in lines) for i in range(len(lines[0]))]
-    return "\n".join(
-        "  ".join(
-            text.ljust(width) if i == 0 else text.rjust(width)
-            for i, (text, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in lines
-    )
 
 
 def results_table(results: Sequence[Result]) -> str:

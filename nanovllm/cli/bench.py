@@ -1,4 +1,4 @@
-"""Measures offline throughput and latency on stated workloads.
+"""Measures offline throughput and latency on stated workloads; a server: bench serve.
 
 A table goes to stdout; --json also writes the numbers with date, hardware, versions and command.
 """
@@ -17,6 +17,7 @@ from typing import Any
 from nanovllm import ConfigError, EngineConfig
 from nanovllm.bench import workloads
 from nanovllm.bench.shapes import SHAPES, find_shape, write_shape
+from nanovllm.cli.files import check_writable
 from nanovllm.cli.flags import Parser, add_engine_flags, given, refuse
 from nanovllm.cli.terminal import InterruptFlag, Status, say
 
@@ -65,7 +66,7 @@ def run(options: argparse.Namespace) -> int:
     engine = given(options, EngineConfig)
     EngineConfig.from_kwargs(**engine)
     if options.json:
-        _check_writable(Path(options.json))
+        check_writable(Path(options.json))
     with _model(options, engine) as chosen, Status("loading ...") as status:
         with InterruptFlag(raise_at_end=True):
             from nanovllm.bench import offline, report  # loads torch: the flags are right
@@ -85,15 +86,6 @@ def run(options: argparse.Namespace) -> int:
         content = report.as_json(["nanovllm", *sys.argv[1:]], done, results)
         report.write_json(Path(options.json), content)
     return 0
-
-
-def _check_writable(path: Path) -> None:
-    """Raises OSError before anything is measured in vain; changes no file."""
-    if path.exists():
-        with path.open("a"):
-            return
-    with tempfile.TemporaryFile(dir=path.parent):
-        pass
 
 
 def _cases(options: argparse.Namespace) -> list[workloads.Case]:

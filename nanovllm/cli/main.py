@@ -38,6 +38,8 @@ COMMANDS = {
     "chat": Command("nanovllm.cli.chat", "talk to a model in the terminal"),
     "serve": Command("nanovllm.cli.serve", "serve a model to OpenAI's clients over HTTP", True),
     "bench": Command("nanovllm.cli.bench", "measure throughput and latency offline"),
+    "bench serve": Command("nanovllm.cli.bench_serve", "measure a server under load"),
+    "bench report": Command("nanovllm.cli.bench_report", "compare measured servers, as a page"),
     "info": Command("nanovllm.cli.info", "versions, devices, chosen backends and why"),
 }
 

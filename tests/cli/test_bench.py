@@ -10,8 +10,8 @@ import pytest
 
 from nanovllm.bench import shapes, workloads
 from nanovllm.bench.offline import run_cases
-from nanovllm.bench.report import table
 from nanovllm.bench.roofline import Ceilings, Work, layer_parameters, work_of
+from nanovllm.bench.table import table
 from nanovllm.models import registry
 
 PARAMETERS = {  # as published, in millions, embeddings included (twice if untied)

@@ -22,7 +22,15 @@ MODULE = [sys.executable, "-m", "nanovllm.cli.main"]
 HEAVY = ("torch", "jinja2", "tokenizers", "numpy", "transformers")
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["generate", "--help"], ["bench", "--help=all"]])
+@pytest.mark.parametrize("arguments", [
+        ["--help"],
+        ["generate", "--help"],
+        ["bench", "--help=all"],
+        ["bench", "serve", "--help"],
+        ["bench", "report", "--help"],
+        ["chat", "--help"],
+    ],
+)
 def test_help_imports_nothing_heavy(arguments: list[str]) -> None:
     code = (
         "import sys; from nanovllm.cli.main import main; main(sys.argv[1:]);"
@@ -129,6 +137,7 @@ WRONG = {
     "generate hi --raw --system be": "--system or --raw, not both",
     "generate hi --model": "expected one argument",
     "generate hi --model ./nowhere": "there is no directory ./nowhere",
+    "generate hi --model ~nobody-here/x": "there is no directory ~nobody-here/x",
     "generate --help=most": "invalid choice",
     "chat --n 2": "unknown flag --n",
     "bench nanoo": "did you mean 'nano'",
@@ -163,6 +172,41 @@ def test_an_unwritable_file_is_one_line(cli: Any, tiny: Path) -> None:
     result = cli("info", "--model", tiny, "--json", tiny / "no" / "such" / "file")
     assert result.status == 1
     assert result.err.count("\n") == 1
+
+
+@pytest.mark.parametrize("command", ["generate", "chat", "generate --json"])
+def test_a_full_disk_is_one_line_and_a_failure(tiny: Path, command: str) -> None:
+    arguments = [*MODULE, *command.split(), "--model", str(tiny), "--max-tokens", "4"]
+    with open("/dev/full", "w") as full:
+        result = subprocess.run(
+            arguments, stdout=full, stderr=subprocess.PIPE, input="hi\nhi\n", text=True
+        )
+    assert result.returncode == 1
+    assert result.stderr.count("\n") == 1
+    assert "No space left on device" in result.stderr
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
+@pytest.mark.parametrize("way", ["argument", "environment"])
+def test_make_demo_hands_the_question_over_as_it_is(tmp_path: Path, way: str) -> None:
+    question = """--a "b" 'c' $HOME $(shell id) `id` $$ #;\\"""
+    command = tmp_path / "nanovllm"
+    command.write_text('#!/bin/sh\nprintf "%s|" "$@"\n')
+    command.chmod(0o755)
+    arguments = ["make", "-s", "-o", ".venv/.demo", "demo", f"BIN={tmp_path}"]
+    given = [f"QUESTION={question}"] if way == "argument" else []
+    environment = os.environ | ({} if given else {"QUESTION": question})
+    root = Path(__file__).parents[2]
+    result = subprocess.run(
+        arguments + given, cwd=root, env=environment, capture_output=True, text=True, check=True
+    )
+    assert result.stdout == f"generate|--|{question}|"
+
+
+def test_text_behind_two_dashes_is_no_flag(cli: Any, tiny: Path) -> None:
+    line = ("generate", "--model", tiny, "--max-tokens", "2", "--quiet", "--json", "--", "--help")
+    result = cli(*line)
+    assert (result.status, json.loads(result.out)["prompt"]) == (0, "--help")
 
 
 def test_a_closed_pipe_is_quiet(tiny: Path) -> None:
