@@ -42,6 +42,10 @@ SERVER_FLAGS: dict[str, tuple[str, dict[str, Any]]] = {
         "seconds without progress after which the engine counts as hung",
         {"type": float, "metavar": "X"},
     ),
+    "on_engine_death": (
+        "what follows when the engine ends or hangs: exit, or restart it",
+        {"metavar": "WHAT"},
+    ),
     "metrics_prefix": (
         "before the names of metrics; vllm suits its dashboards",
         {"metavar": "NAME"},
@@ -74,13 +78,14 @@ def run(options: argparse.Namespace) -> int:
         )
     # What the check above has found; no other command needs them.
     from nanovllm.server.launch import serve
+    from nanovllm.server.messages import LOG_FORMAT
     from nanovllm.server.service import ServerConfig
 
     values = _values(options)
     level = str(values.pop("log_level", "info")).upper()
     if level not in ("DEBUG", "INFO", "WARNING", "ERROR"):
         raise ConfigError(f"log_level must be debug, info, warning or error, got {level.lower()}")
-    logging.basicConfig(level=level, format="%(asctime)s %(levelname)s %(message)s")
+    logging.basicConfig(level=level, format=LOG_FORMAT)
     chat_template = values.pop("chat_template", None)
     in_process = values.pop("in_process", False)
     engine_names = {field.name for field in fields(EngineConfig)}

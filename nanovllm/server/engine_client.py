@@ -151,12 +151,13 @@ class EngineClient(asyncio.Protocol):
 
     async def close(self, timeout: float) -> None:
         """Tells the engine to end, and waits until it has hung up, or for timeout seconds."""
+        if self._transport is None:
+            return  # never connected
         self._send(messages.Shutdown())
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self._disconnected.wait(), timeout)
-        if self._transport is not None:
-            self._transport.abort()
-            await self._disconnected.wait()
+        self._transport.abort()
+        await self._disconnected.wait()
 
     def _send(self, command: messages.Command) -> None:
         if self._transport is not None and not self._transport.is_closing():

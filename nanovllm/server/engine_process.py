@@ -8,6 +8,7 @@ alone. When the other side is gone, for whatever reason, the process ends at onc
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import queue
 import signal
@@ -15,7 +16,6 @@ import socket
 import sys
 import threading
 import time
-import traceback
 from collections.abc import Callable
 from typing import Any
 
@@ -32,6 +32,7 @@ from nanovllm.server import messages
 from nanovllm.server.messages import Abort, Add, Command, Load, Shutdown, Stop
 from nanovllm.trace.events import Event
 
+logger = logging.getLogger("nanovllm.server")
 BEAT_SECONDS = 0.5
 RECEIVE_BYTES = 1 << 18
 
@@ -224,7 +225,6 @@ def ready_message(info: EngineInfo) -> messages.Ready:
         info.max_num_seqs,
         info.vocab_size,
         info.load_seconds,
-        list(info.notes),
     )
 
 
@@ -239,7 +239,7 @@ def serve_engine(sock: socket.socket, config: EngineConfig, on_gone: Callable[[]
         return True
     except Exception as error:
         if not isinstance(error, NanoVLLMError):
-            traceback.print_exc()
+            logger.exception("the engine cannot go on")
         link.send(messages.Failed(type(error).__name__, str(error) or type(error).__name__))
         return False
     finally:
@@ -247,11 +247,13 @@ def serve_engine(sock: socket.socket, config: EngineConfig, on_gone: Callable[[]
 
 
 def main(argv: list[str]) -> int:
-    """FD is a connected socket; the EngineConfig's fields come as JSON on standard input."""
+    """FD is a connected socket; JSON on standard input holds log_level, and engine: its config."""
     # The parent decides when to end; an interrupt from a terminal reaches the whole group.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    config = EngineConfig.from_kwargs(**msgspec.json.decode(sys.stdin.buffer.read()))
+    given = msgspec.json.decode(sys.stdin.buffer.read())
+    logging.basicConfig(level=given["log_level"], format=messages.LOG_FORMAT)
+    config = EngineConfig.from_kwargs(**given["engine"])
     done = serve_engine(socket.socket(fileno=int(argv[1])), config, lambda: os._exit(0))
     return 0 if done else 1
 

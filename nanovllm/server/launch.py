@@ -16,18 +16,17 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
 
 import msgspec
-import uvicorn
 
 from nanovllm.config import EngineConfig
 from nanovllm.errors import ConfigError
 from nanovllm.model_files import find_model
-from nanovllm.server.app import create_app
-from nanovllm.server.engine_client import watch
+from nanovllm.server.engine_client import EngineClient, watch
+from nanovllm.server.http_server import HttpServer
 from nanovllm.server.service import ServerConfig, Service
 from nanovllm.server.streams import EngineDeadError
 from nanovllm.text.chat import ChatTemplate
@@ -53,7 +52,10 @@ class EngineProcess:
             )
         assert self._process.stdin is not None, "it was asked for"
         with contextlib.suppress(BrokenPipeError), self._process.stdin as stdin:
-            stdin.write(msgspec.json.encode(dataclasses.asdict(config)))
+            level = logging.getLogger("nanovllm").getEffectiveLevel()
+            stdin.write(
+                msgspec.json.encode({"log_level": level, "engine": dataclasses.asdict(config)})
+            )
 
     def kill(self) -> None:
         self._process.kill()
@@ -85,14 +87,6 @@ class EngineThread:
 
     def end(self) -> None:
         self._thread.join(END_SECONDS)
-
-
-class HttpServer(uvicorn.Server):
-    """uvicorn, with signals left to us."""
-
-    @contextlib.contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        yield
 
 
 def bind(host: str, port: int) -> socket.socket:
@@ -147,17 +141,21 @@ def serve(
 
     Raises ConfigError or ModelLoadError for what is wrong before anything runs.
     """
+    restarts = config.on_engine_death == "restart"
+    if restarts and in_process:
+        raise ConfigError("an engine in the server's process cannot be restarted: on_engine_death")
     sock = bind(config.host, config.port)
     _allow_many_connections()
     with sock:
         service = make_service(config, engine, chat_template)
         worker = EngineThread(engine) if in_process else EngineProcess(engine)
+        run = Run(service, worker, sock, (lambda: EngineProcess(engine)) if restarts else None)
         try:
             with asyncio.Runner(loop_factory=_loop_factory()) as runner:
-                return runner.run(Run(service, worker, sock).run())
+                return runner.run(run.run())
         finally:
-            worker.sock.close()
-            worker.end()
+            run.worker.sock.close()
+            run.worker.end()
 
 
 def _allow_many_connections() -> None:
@@ -175,28 +173,25 @@ def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop]:
 
 
 class Run:
-    """One life of a server."""
+    """One life of a server. `restart` starts another engine; without it the server ends with its.
+
+    An engine that ended before it was ready is not started again: the next one would not be either.
+    """
 
     def __init__(
-        self, service: Service, worker: EngineProcess | EngineThread, sock: socket.socket
+        self,
+        service: Service,
+        worker: EngineProcess | EngineThread,
+        sock: socket.socket,
+        restart: Callable[[], EngineProcess] | None = None,
     ) -> None:
+        self.worker = worker
         self._service = service
-        self._worker = worker
+        self._restart = restart
         self._sock = sock
         self._status = 0
         self._ends: set[asyncio.Task[None]] = set()
-        self.http = HttpServer(
-            uvicorn.Config(
-                create_app(service),
-                http="httptools",
-                ws="none",
-                lifespan="off",
-                log_config=None,
-                access_log=False,
-                server_header=False,
-                timeout_graceful_shutdown=1,
-            )
-        )
+        self.http = HttpServer(service)
 
     async def run(self) -> int:
         """The exit status."""
@@ -204,22 +199,18 @@ class Run:
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGTERM, signal.SIGINT):
                 loop.add_signal_handler(number, self.stop)
-        client = self._service.client
-        await client.connect(self._worker.sock)
-        tasks = [
-            asyncio.create_task(self._announce()),
-            asyncio.create_task(self._end_with_engine()),
-            asyncio.create_task(
-                watch(client, self._service.config.engine_timeout, self._worker.kill)
-            ),
-        ]
+        await self._service.client.connect(self.worker.sock)
+        engines = asyncio.create_task(self._keep_engine())
+        engines.add_done_callback(self._end)
         try:
             await self.http.serve(sockets=[self._sock])
         finally:
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
-            await client.close(END_SECONDS)
+            engines.cancel()
+            (ended,) = await asyncio.gather(engines, return_exceptions=True)
+            if isinstance(ended, Exception):
+                logger.error("the engine cannot be started again", exc_info=ended)
+                self._status = 1
+            await self._service.client.close(END_SECONDS)
             self._service.prompts.close()
         return self._status
 
@@ -227,10 +218,13 @@ class Run:
         """The first call drains, the second ends at once."""
         if self._service.draining:
             self.http.force_exit = True
-            self.http.should_exit = True
+            self._end()
             return
         self._service.draining = True
         self._ends.add(asyncio.ensure_future(self._drain()))
+
+    def _end(self, *_: object) -> None:
+        self.http.should_exit = True
 
     async def _drain(self) -> None:
         timeout = self._service.config.drain_timeout
@@ -239,11 +233,43 @@ class Run:
             async with asyncio.timeout(timeout):
                 while self._service.num_open:
                     await asyncio.sleep(0.05)
-        self.http.should_exit = True
+        self._end()
 
-    async def _announce(self) -> None:
+    async def _keep_engine(self) -> None:
+        """Returns when there is no engine any more."""
+        while True:
+            client = self._service.client
+            await self._attend(client)
+            logger.error("%s", client.death)
+            if self._restart is None or client.info is None or self._service.draining:
+                break
+            await client.close(END_SECONDS)
+            await asyncio.to_thread(self.worker.end)
+            logger.warning("another engine is started")
+            self._service.client = self._service.new_client()
+            self.worker = self._restart()
+            await self._service.client.connect(self.worker.sock)
+        self._status = 1
+        if client.info is not None:
+            await asyncio.sleep(DEATH_LINGER)
+
+    async def _attend(self, client: EngineClient) -> None:
+        """Until the engine's end: says when it is ready, and ends it if it hangs."""
+        timeout = self._service.config.engine_timeout
+        tasks = [
+            asyncio.create_task(self._announce(client)),
+            asyncio.create_task(watch(client, timeout, self.worker.kill)),
+        ]
+        try:
+            await client.died.wait()
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _announce(self, client: EngineClient) -> None:
         with contextlib.suppress(EngineDeadError):
-            info = await self._service.client.ready()
+            info = await client.ready()
             url = f"http://{_host(self._sock)}:{self._sock.getsockname()[1]}"
             logger.info(
                 "%s on %s in %s, context %d, %d KV blocks of %d, loaded in %.1f s",
@@ -251,15 +277,6 @@ class Run:
                 *(info.num_blocks, info.block_size, info.load_seconds),
             )
             print(f"ready: chat at {url}/ and API at {url}/v1", flush=True)
-
-    async def _end_with_engine(self) -> None:
-        client = self._service.client
-        await client.died.wait()
-        logger.error("%s", client.death)
-        self._status = 1
-        if client.info is not None:
-            await asyncio.sleep(DEATH_LINGER)
-        self.http.should_exit = True
 
 
 def _host(sock: socket.socket) -> str:

@@ -20,6 +20,7 @@ from nanovllm.sampling_params import SamplingParams
 from nanovllm.trace import events
 from nanovllm.trace.events import Event
 
+LOG_FORMAT = "%(asctime)s %(levelname)s %(message)s"  # of both processes
 _LENGTH = struct.Struct("<I")
 _EVENT_TYPES = (
     events.StepPlanned,
@@ -86,7 +87,6 @@ class Ready(Message, frozen=True):
     max_num_seqs: int
     vocab_size: int
     load_seconds: float
-    notes: list[str]
 
 
 class Failed(Message, frozen=True):

@@ -38,6 +38,7 @@ class ServerConfig:
     max_waiting         sequences that may wait beside those that run, before 429
     drain_timeout       seconds that running requests have after SIGTERM
     engine_timeout      seconds without progress after which the engine counts as hung
+    on_engine_death     "exit" ends the server, "restart" starts another engine
     """
 
     host: str = "127.0.0.1"
@@ -48,6 +49,7 @@ class ServerConfig:
     max_waiting: int = 1024
     drain_timeout: float = 30.0
     engine_timeout: float = 60.0
+    on_engine_death: str = "exit"
     metrics_prefix: str = "nanovllm"
 
     def __post_init__(self) -> None:
@@ -61,6 +63,8 @@ class ServerConfig:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not value >= low:
                 raise ConfigError(f"{name} must be at least {low:g} seconds, got {value!r}")
+        if self.on_engine_death not in ("exit", "restart"):
+            raise ConfigError(f"on_engine_death is exit or restart, got {self.on_engine_death!r}")
         if not _METRIC_PREFIX.fullmatch(str(self.metrics_prefix)):
             raise ConfigError(f"metrics_prefix must be letters and _, got {self.metrics_prefix!r}")
         if not all(key.strip() for key in self.api_keys):
@@ -82,7 +86,7 @@ class Service:
         self.tokenizer = tokenizer
         self.prompts = PromptEncoder(tokenizer, template)
         self.metrics = PrometheusMetrics(self.names[0], config.metrics_prefix)
-        self.client = EngineClient(tokenizer, self.metrics)
+        self.client = self.new_client()
         self.created = int(time.time())
         self.draining = False
         self.num_open = 0  # requests that were admitted and not answered completely
@@ -91,6 +95,10 @@ class Service:
         source = template.source or ""
         self.reasons = "<think>" in source or tokenizer.token_id("<think>") is not None
         self.tool_style = tool_style(source)
+
+    def new_client(self) -> EngineClient:
+        """For an engine that is started now."""
+        return EngineClient(self.tokenizer, self.metrics)
 
     def trouble(self) -> str | None:
         """Why no request can be served at this moment, or None."""

@@ -325,13 +325,29 @@ def test_header_floods(live: Live) -> None:
     assert_error(answer)
 
 
-def test_length_and_chunked_together(live: Live) -> None:
-    with socket.create_connection(("127.0.0.1", live.port)) as sock:
-        sock.sendall(
-            f"POST {TEXT} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
-            "Content-Length: 5\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n".encode()
-        )
-        assert b" 400 " in sock.recv(100)
+@pytest.mark.parametrize(
+    "data",
+    [
+        f"POST {TEXT} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+        "Content-Length: 5\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n",
+        "GET /health HTTP/1.1\r\nno colon\r\n\r\n",
+        "what is this?\r\n\r\n",
+        "GET /health HTTP/1.1\r\nContent-Length: -5\r\n\r\n",
+    ],
+    ids=["length and chunked", "header", "nonsense", "length"],
+)
+def test_what_is_not_http(live: Live, data: str) -> None:
+    with socket.create_connection(("127.0.0.1", live.port), timeout=30) as sock:
+        sock.sendall(data.encode())
+        answer = b""
+        while piece := sock.recv(1000):
+            answer += piece
+    head, _, body = answer.partition(b"\r\n\r\n")
+    status, *headers = head.decode().lower().split("\r\n")
+    assert " 400 " in status
+    names = {line.partition(":")[0] for line in headers}
+    assert names >= {"content-type", "content-length", "x-request-id", "connection"}
+    assert_error(json.loads(body))
 
 
 def test_half_open_bodies_harm_nobody(live: Live) -> None:

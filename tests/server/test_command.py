@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import socket
 import threading
@@ -72,8 +73,13 @@ def alive(pid: int) -> bool:
         return False
 
 
+def load(port: int) -> dict[str, int]:
+    found: dict[str, int] = request(port, "GET", "/load")[2]
+    return found
+
+
 def running(port: int) -> bool:
-    return bool(request(port, "GET", "/load")[2]["num_requests_running"])
+    return load(port)["num_requests_running"] > 0
 
 
 def test_it_serves_drains_and_leaves_nothing(serve: Callable[..., Command]) -> None:
@@ -99,6 +105,16 @@ def test_it_serves_drains_and_leaves_nothing(serve: Callable[..., Command]) -> N
     assert answers[0][2]["usage"]["completion_tokens"] == 8 * 400
     assert server.process.wait(30) == 0
     until(lambda: not alive(child))
+
+
+def test_what_the_engine_notes_is_in_the_log_once(serve: Callable[..., Command]) -> None:
+    server = serve("--num-kv-blocks", "4")
+    free = load(server.port)
+    assert free["num_free_blocks"] == free["num_blocks"] == 4  # before the first request, too
+    assert server.end() == 0
+    lines = server.output().splitlines()
+    assert all(re.match(r"\d{4}-\d\d-\d\d [\d:,]+ [A-Z]+ ", line) for line in lines), lines
+    assert len([line for line in lines if "WARNING max_model_len is 128 instead of" in line]) == 1
 
 
 def test_drain_timeout_and_second_signal(serve: Callable[..., Command]) -> None:
@@ -142,6 +158,44 @@ def test_a_hung_engine_is_noticed_and_ended(serve: Callable[..., Command]) -> No
     assert_error(answers[0][2], "engine_error")
     until(lambda: not alive(child))
     assert "hung" in server.output()
+
+
+def test_another_engine_is_started_if_that_is_wanted(serve: Callable[..., Command]) -> None:
+    server = serve("--on-engine-death", "restart", "--engine-timeout", "5")
+    seen = []
+    for number in (signal.SIGKILL, signal.SIGSTOP):  # ended, hung
+        (child,) = server.children()
+        seen.append(child)
+        thread, answers = in_background(server.port, SLOW)
+        until(lambda: running(server.port))
+        os.kill(child, number)
+        thread.join(60)
+        assert answers[0][0] == 500
+        assert_error(answers[0][2], "engine_error")
+        until(lambda: request(server.port, "GET", "/health")[0] == 200, 60)
+        body = {"prompt": "fox", "max_tokens": 2}
+        assert request(server.port, "POST", "/v1/completions", body)[0] == 200
+        until(lambda: load(server.port)["num_free_blocks"] == load(server.port)["num_blocks"] > 0)
+        metrics = request(server.port, "GET", "/metrics")[2]
+        assert b'engine_up{model_name="tiny"} 1.0' in metrics
+        assert not alive(child)
+    (child,) = server.children()
+    assert child not in seen
+    assert server.end() == 0
+    until(lambda: not alive(child))
+    assert "Traceback" not in server.output()
+
+
+def test_an_engine_that_cannot_start_is_not_started_again(
+    serve: Callable[..., Command], model_dir: Path, tmp_path: Path
+) -> None:
+    for path in model_dir.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    weights = tmp_path / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1000])
+    server = serve("--model", str(tmp_path), "--on-engine-death", "restart", wait=False)
+    assert server.process.wait(60) == 1
+    assert "another engine" not in server.output()
 
 
 def test_a_killed_server_leaves_no_orphan_and_can_start_again(
@@ -226,6 +280,8 @@ def test_health_while_the_model_loads(flags: tuple[str, ...]) -> None:
         (["--drain-timeout", "-1"], "drain_timeout"),
         (["--metrics-prefix", "a b"], "metrics_prefix"),
         (["--api-key", ""], "api_key"),
+        (["--on-engine-death", "pray"], "on_engine_death"),
+        (["--on-engine-death", "restart", "--in-process"], "on_engine_death"),
         (["--skip-tokenizer-init"], "tokenizer"),
     ],
 )
