@@ -2,31 +2,40 @@
 
 A pure state machine over pieces of text: fed in any cutting, the deltas joined are the same.
 Reasoning stands between <think> and </think> (Qwen3, DeepSeek-R1). Tool calls are JSON objects
-between <tool_call> and </tool_call> (Hermes, Qwen): {"name": ..., "arguments": {...}}, or the whole
-answer is one such object, its arguments named "parameters" (Llama 3.1's model card, "JSON based
-tool calling"). Arguments go out while they are written, once the name is known.
+between <tool_call> and </tool_call> (Hermes, Qwen), or stand behind [TOOL_CALLS] (Mistral), or the
+whole answer is one JSON object (Llama 3.1's model card, "JSON based tool calling") or a list of
+calls in Python's syntax (Llama 3.2's, "zero-shot function calling"). Arguments go out while they
+are written, once the name is known; those in Python's syntax call by call.
 """
 
 from __future__ import annotations
 
-import json
-import re
-import secrets
 from typing import Any
+
+from nanovllm.server.python_calls import PythonReader
+from nanovllm.server.tool_calls import (
+    ARGS_MARK,
+    CALLS_MARK,
+    Call,
+    CallReader,
+    MistralReader,
+)
 
 Delta = dict[str, Any]
 
 THINK, END_THINK = "<think>", "</think>"
 CALL, END_CALL = "<tool_call>", "</tool_call>"
-_HEAD = re.compile(
-    r'\s*\{\s*"name"\s*:\s*("(?:[^"\\]|\\.)*")\s*,\s*"(?:arguments|parameters)"\s*:\s*(?=\{)'
-)
 
 
 def tool_style(template: str) -> str | None:
-    """How models with this chat template write calls: "tagged", "bare", or None: not at all."""
+    """How models with this chat template write calls: "tagged", "mistral" (a list), "mistral-named"
+    (name and arguments), "pythonic", "bare" (one object), or None: not at all."""
     if CALL in template:
         return "tagged"
+    if CALLS_MARK in template:
+        return "mistral-named" if ARGS_MARK in template else "mistral"
+    if "func_name1(" in template:
+        return "pythonic"
     return "bare" if '"parameters": dictionary' in template else None
 
 
@@ -36,12 +45,15 @@ class OutputParser:
     def __init__(self, *, reasoning: bool, thinks: bool, tools: str | None, one_call: bool) -> None:
         self.num_calls = 0
         self._tools = tools is not None
-        self._answer = self._bare if tools == "bare" else self._content
+        self._style = tools
+        self._mark = CALLS_MARK if tools and tools.startswith("mistral") else CALL
+        self._answer = self._bare if tools in ("bare", "pythonic") else self._content
         self._one_call = one_call
         self._text = ""  # not yet understood
         self._state = self._reason if thinks else self._begin if reasoning else self._answer
         self._trim = thinks or self._tools  # drop white space at the start of what follows
-        self._call: _Call | None = None
+        self._call: Call | None = None
+        self._reader: CallReader | None = None
 
     def push(self, text: str) -> list[Delta]:
         """The deltas that are certain now."""
@@ -85,10 +97,13 @@ class OutputParser:
             self._emit("content", self._text, deltas)
             self._text = ""
             return False
-        found = self._take_until(CALL, "content", deltas, last)
-        if found:
-            self._call = _Call(self.num_calls)
+        found = self._take_until(self._mark, "content", deltas, last)
+        if found and self._mark == CALL:
+            self._call = Call(self.num_calls)
             self._state = self._in_call
+        elif found:
+            self._reader = MistralReader()
+            self._state = self._in_run
         return found
 
     def _in_call(self, deltas: list[Delta], last: bool) -> bool:
@@ -113,8 +128,12 @@ class OutputParser:
         text = self._text.lstrip()
         if not text and not last:
             return False
-        if text.startswith("{"):
-            self._call = _Call(self.num_calls)
+        if self._style == "pythonic" and text.startswith("["):
+            self._text = text
+            self._reader = PythonReader()
+            self._state = self._in_run
+        elif self._style == "bare" and text.startswith("{"):
+            self._call = Call(self.num_calls)
             self._state = self._in_bare_call
         else:
             self._tools = False
@@ -133,6 +152,19 @@ class OutputParser:
                 self._emit("content", self._call.text, deltas)
             self._tools = False
             self._state = self._content
+        return False
+
+    def _in_run(self, deltas: list[Delta], last: bool) -> bool:
+        """Several calls in a row, which no mark ends."""
+        assert self._reader is not None, "a run was begun"
+        deltas += self._visible(self._reader.push(self._text))
+        self._text = ""
+        if last or self._reader.ended:
+            calls, rest = self._reader.finish()
+            deltas += self._visible(calls)
+            self.num_calls = self._reader.num_calls
+            self._emit("content", rest, deltas)
+            self._tools, self._state = False, self._content
         return False
 
     # --- helpers --------------------------------------------------------------------------------
@@ -164,84 +196,8 @@ class OutputParser:
             deltas.append({name: text})
 
     def _visible(self, calls: list[Delta]) -> list[Delta]:
-        if self._one_call and self.num_calls:
-            return []
-        return [{"tool_calls": [call]} for call in calls]
-
-
-class _Call:
-    """One tool call while it is written."""
-
-    def __init__(self, index: int) -> None:
-        self.begun = False  # its head went out
-        self.text = ""
-        self._index = index
-        self._open = False  # inside of the arguments' value
-        self._scanned = 0
-        self._depth = 0
-        self._in_string = False
-
-    def push(self, text: str) -> list[Delta]:
-        self.text += text
-        deltas: list[Delta] = []
-        if not self.begun:
-            head = _HEAD.match(self.text)
-            if head is None:
-                return deltas
-            deltas.append(self._head(json.loads(head[1])))
-            self._open, self._scanned = True, head.end()
-        arguments = self._scan()
-        if arguments:
-            deltas.append(self._arguments(arguments))
-        return deltas
-
-    def finish(self) -> list[Delta]:
-        """For calls in another order of fields, or with arguments that are no object."""
-        if self.begun:
-            return []
-        try:
-            call = json.loads(self.text)
-            name, arguments = call["name"], call.get("arguments", call.get("parameters", {}))
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-            return []
-        if not isinstance(name, str):
-            return []
-        if not isinstance(arguments, str):
-            arguments = json.dumps(arguments, ensure_ascii=False)
-        return [self._head(name), self._arguments(arguments)]
-
-    def _head(self, name: str) -> Delta:
-        self.begun = True
-        return {
-            "index": self._index,
-            "id": f"call_{secrets.token_hex(12)}",
-            "type": "function",
-            "function": {"name": name, "arguments": ""},
-        }
-
-    def _arguments(self, text: str) -> Delta:
-        return {"index": self._index, "function": {"arguments": text}}
-
-    def _scan(self) -> str:
-        """What is new of the arguments' value; stops behind its closing brace."""
-        start = at = self._scanned
-        text = self.text
-        while self._open and at < len(text):
-            char = text[at]
-            if self._in_string and char == "\\":
-                if at + 1 == len(text):
-                    break  # the escaped character is still to come
-                at += 1
-            elif char == '"':
-                self._in_string = not self._in_string
-            elif not self._in_string and char in "{[":
-                self._depth += 1
-            elif not self._in_string and char in "}]":
-                self._depth -= 1
-                self._open = self._depth > 0
-            at += 1
-        self._scanned = at
-        return text[start:at]
+        shown = (call for call in calls if not (self._one_call and call["index"]))
+        return [{"tool_calls": [call]} for call in shown]
 
 
 def _overlap(text: str, mark: str) -> int:

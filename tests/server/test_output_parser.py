@@ -125,10 +125,107 @@ def test_styles_of_templates() -> None:
     assert tool_style("... <tool_call> ...") == "tagged"
     assert tool_style('... {"name": function name, "parameters": dictionary of ...') == "bare"
     assert tool_style("{{ messages }}") is None
+    assert tool_style("'[TOOL_CALLS] [' + calls + ']'") == "mistral"
+    assert tool_style("'[TOOL_CALLS]' + name + '[ARGS]' + arguments") == "mistral-named"
+    assert tool_style("[func_name1(params_name1=params_value1...), func_name2(params)]") == (
+        "pythonic"
+    )
+
+
+WEATHER = call("get_weather", '{"city": "Paris"}')
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (f"[TOOL_CALLS][{BARE}]", said(None, tool_calls=[WEATHER])),
+        (f"[TOOL_CALLS] [{BARE},\n{BARE}] ", said(None, tool_calls=[WEATHER] * 2)),
+        (f"[TOOL_CALLS]{BARE}", said(None, tool_calls=[WEATHER])),
+        (f"Let me see.\n[TOOL_CALLS][{BARE}]", said("Let me see.", tool_calls=[WEATHER])),
+        ('[TOOL_CALLS]get_weather[ARGS]{"city": "Paris"}', said(None, tool_calls=[WEATHER])),
+        (
+            '[TOOL_CALLS]a-b.c[CALL_ID]x1y2[ARGS]{"s": "}"}[TOOL_CALLS]g[ARGS]{} ',
+            said(None, tool_calls=[call("a-b.c", '{"s": "}"}'), call("g", "{}")]),
+        ),
+        (
+            '[TOOL_CALLS][{"arguments": {"a": 1}, "name": "f", "id": "x"}]',
+            said(None, tool_calls=[call("f", '{"a": 1}')]),
+        ),
+        ('[TOOL_CALLS][{"name": "f", "argum', said('[TOOL_CALLS][{"name": "f", "argum')),
+        (
+            '[TOOL_CALLS][{"name": "f", "arguments": {"a": [1',
+            said(None, tool_calls=[call("f", '{"a": [1')]),
+        ),
+        (f'[TOOL_CALLS][{BARE}, {{"x": 1}}]', said('{"x": 1}]', tool_calls=[WEATHER])),
+        (f"[TOOL_CALLS][{BARE}] done", said("done", tool_calls=[WEATHER])),
+        ("[TOOL_CALLS]", said("[TOOL_CALLS]")),
+        ("[TOOL_CALLS][]", said("[TOOL_CALLS][]")),
+        ("[TOOL_CALLS]no call", said("[TOOL_CALLS]no call")),
+        ("[TOOL_CALLS][5]", said("[TOOL_CALLS][5]")),
+        ("[TOOL_CALLS]f[ARGS][1]", said("[TOOL_CALLS]f[ARGS][1]")),
+        ("[TOOL", said("[TOOL")),
+        ("hello", said("hello")),
+    ],
+)
+def test_calls_as_mistral_writes_them(text: str, expected: dict[str, Any]) -> None:
+    for style in ("mistral", "mistral-named"):
+        assert message(text, tools=style) == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("[get_weather(city='Paris')]", said(None, tool_calls=[WEATHER])),
+        ('\n[get_weather(city="Paris")]\n', said(None, tool_calls=[WEATHER])),
+        (
+            "[a.b(x=-1.5, y=[True, None, 'é'], z={'k': (1, 2)}), g()]",
+            said(
+                None,
+                tool_calls=[
+                    call("a.b", '{"x": -1.5, "y": [true, null, "é"], "z": {"k": [1, 2]}}'),
+                    call("g", "{}"),
+                ],
+            ),
+        ),
+        (
+            "[f(a=true, b=false, c=null)]",
+            said(None, tool_calls=[call("f", '{"a": true, "b": false, "c": null}')]),
+        ),
+        ("[f(a=')](\\'')]", said(None, tool_calls=[call("f", '{"a": ")](\'"}')])),
+        ("[f(a='\\ud83d')]", said(None, tool_calls=[call("f", '{"a": "\\ud83d"}')])),
+        ("[f(), nonsense", said(", nonsense", tool_calls=[call("f", "{}")])),
+        ("[f()] and more", said("and more", tool_calls=[call("f", "{}")])),
+        ("[f(), g(x)]", said(", g(x)]", tool_calls=[call("f", "{}")])),
+        ("[1] is a number", said("[1] is a number")),
+        ("[f(open('x'))]", said("[f(open('x'))]")),
+        ("[f(a=open('x'))]", said("[f(a=open('x'))]")),
+        ("[f(a=1e999)]", said("[f(a=1e999)]")),
+        ("[f(**{'a': 1})]", said("[f(**{'a': 1})]")),
+        ("[f(a=__import__)]", said("[f(a=__import__)]")),
+        ("[f(a=" + "[" * 500 + "]" * 500 + ")]", said("[f(a=" + "[" * 500 + "]" * 500 + ")]")),
+        ("[f(a=b'x')]", said("[f(a=b'x')]")),
+        ("[f(a='\0')]", said("[f(a='\0')]")),
+        ("[", said("[")),
+        ("[f(a=1", said("[f(a=1")),
+        ("I say [f()]", said("I say [f()]")),
+    ],
+)
+def test_calls_in_python_syntax(text: str, expected: dict[str, Any]) -> None:
+    assert message(text, tools="pythonic") == expected
+
+
+def test_halves_of_characters_never_leave() -> None:
+    text = '<tool_call>{"arguments": {"a": "\\ud83d"}, "name": "\\udc00"}</tool_call>'
+    for body in (text, text.replace("tool_call", "x")):
+        json.dumps(message(body), ensure_ascii=False).encode()
+    bare = '{"name": "\\udc00", "parameters": {}}'
+    json.dumps(message(bare, tools="bare"), ensure_ascii=False).encode()
 
 
 PIECES = ["<think>", "</think>", "<tool_call>", "</tool_call>", "\n", " ", "a", "<", '"', "\\"]
 PIECES += ["{", "}", '{"name": "f", "arguments": {', '"x": [1, "}"]', '{"name": "', CALL, BARE]
+PIECES += ["[TOOL_CALLS]", "[ARGS]", "[CALL_ID]x", "[", "]", ",", "(", ")", "f", "=", "'", "1"]
+PIECES += ["[f(a=1)", "g(b='x')", "[g()]", "[TOOL_CALLS]f[ARGS]", f"[TOOL_CALLS][{BARE}"]
 
 
 def joined(deltas: list[dict[str, Any]]) -> dict[str, Any]:
@@ -149,15 +246,17 @@ def joined(deltas: list[dict[str, Any]]) -> dict[str, Any]:
     return found
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=1000, deadline=None)
 @given(
     st.lists(st.sampled_from(PIECES), max_size=12),
     st.data(),
-    st.sampled_from(["tagged", "bare", None]),
+    st.sampled_from(["tagged", "bare", "mistral", "mistral-named", "pythonic", None]),
     st.booleans(),
 )
 @example([CALL, "\n", CALL], None, "tagged", False)
 @example([BARE], None, "bare", False)
+@example(["[TOOL_CALLS][", BARE, ",", BARE, "]", "a"], None, "mistral", False)
+@example(["[f(a=1)", ",", "g(b='x')", "]", " a"], None, "pythonic", False)
 def test_any_cutting_gives_the_same(
     pieces: list[str], data: Any, tools: str | None, thinks: bool
 ) -> None:
