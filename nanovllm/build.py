@@ -132,10 +132,18 @@ def build_engine(config: EngineConfig, tracer: Tracer | None = None) -> Engine:
     ready()
     compiler = None
     if tokenizer is not None:
-        compiler = GrammarCompiler(tokenizer.to_json, decoder.vocab_size, files.eos_token_ids())
-    runner = _runner(
-        config, model, platform, cache, block_size, num_seqs, num_tokens, files, tokenizer, compiler
-    )
+        compiler = GrammarCompiler(tokenizer, decoder.vocab_size, files.eos_token_ids())
+    try:
+        runner = _runner(
+            config, model, platform, cache, block_size, num_seqs, num_tokens, files, tokenizer,
+            compiler,
+        )  # fmt: skip
+    except torch.OutOfMemoryError as error:
+        raise OutOfMemoryError(
+            f"a KV cache of {cache.num_blocks} blocks and {num_seqs} sequences does not fit on "
+            f"{platform.device} after all: {str(error).splitlines()[0]}; a lower "
+            "gpu_memory_utilization or max_num_seqs would help"
+        ) from None
     core = EngineCore(
         Scheduler(
             BlockManager(cache.num_blocks, block_size, config.enable_prefix_caching),
@@ -175,8 +183,10 @@ def choose_device(name: str) -> torch.device:
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     device = torch.device(name)
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ConfigError(f"device {name!r} is not there: torch sees {torch.cuda.device_count()}")
+    count = torch.cuda.device_count()
+    if device.type == "cuda" and (device.index or 0) >= count:
+        seen = ", ".join(f"cuda:{index}" for index in range(count)) or "no GPU"
+        raise ConfigError(f"device {name!r} is not there: torch {torch.__version__} sees {seen}")
     return device
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from nanovllm.errors import InvalidRequestError
 from nanovllm.grammar.sources import grammar_source
 from nanovllm.structured_output import StructuredOutput
+from nanovllm.text.tokenizer import Tokenizer
 
 MAX_COMPILE_SECONDS = 1.0  # of one thread's time, the first masks included
 MAX_MASK_SECONDS = 0.1  # every row of a step waits for the slowest mask
@@ -79,14 +80,12 @@ class _Failure:
 class GrammarCompiler:
     """Makes constraints for one tokenizer. Any thread may call it.
 
-    tokenizer_json is called once, with the first structure. vocab_size is the model's, which may
+    The tokenizer is read once, with the first structure. vocab_size is the model's, which may
     be larger than the tokenizer's; eos_token_ids end a text.
     """
 
-    def __init__(
-        self, tokenizer_json: Callable[[], str], vocab_size: int, eos_token_ids: Sequence[int]
-    ) -> None:
-        self._tokenizer_json = tokenizer_json
+    def __init__(self, tokenizer: Tokenizer, vocab_size: int, eos_token_ids: Sequence[int]) -> None:
+        self._own = tokenizer
         self._vocab_size = vocab_size
         self._eos_token_ids = list(eos_token_ids)
         self._tokenizer: Any = None
@@ -117,7 +116,7 @@ class GrammarCompiler:
         tokenizer = self._load(llguidance)
         began = time.thread_time()
         try:
-            source = grammar_source(structure)
+            source = grammar_source(structure, self._own.token_id)
         except (ValueError, RecursionError) as error:
             return _Failure(_reason(str(error) or "it is nested too deeply"))
         limits = llguidance.LLParserLimits(**LIMITS)
@@ -160,7 +159,7 @@ class GrammarCompiler:
                     )
                 try:
                     self._tokenizer = llguidance.LLTokenizer(
-                        self._tokenizer_json(), self._vocab_size, self._eos_token_ids
+                        self._own.to_json(), self._vocab_size, self._eos_token_ids
                     )
                 except ValueError as error:
                     raise InvalidRequestError(

@@ -6,6 +6,7 @@ Pure text; what is wrong with it is found when it is compiled.
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from typing import Any
 
 from nanovllm.structured_output import StructuredOutput
@@ -13,21 +14,40 @@ from nanovllm.structured_output import StructuredOutput
 # Between the tokens of JSON: nothing, a space, or a line end with an indentation. Endless white
 # space is allowed by JSON, and some models never stop writing it.
 WHITESPACE = r"(\x20|\n\x20{0,40})?"
-_THINK = {
-    "open": "start: think ws? @structure\nthink[lazy]: /(.|\\n)*<\\/think>/\nws: /[ \\n]{1,4}/",
-    "optional": (
-        "start: (think ws?)? @structure\n"
-        "think[lazy]: /<think>(.|\\n)*<\\/think>/\nws: /[ \\n]{1,4}/"
-    ),
-}
+TokenId = Callable[[str], int | None]
 
 
-def grammar_source(structure: StructuredOutput) -> str:
-    """What the library compiles. Raises ValueError if a grammar cannot be read."""
+def grammar_source(structure: StructuredOutput, token_id: TokenId) -> str:
+    """What the library compiles; token_id finds added tokens by name.
+
+    Raises ValueError if a grammar cannot be read.
+    """
     grammars = [{"name": "structure"} | _structure(structure)]
     if structure.reasoning != "none":
-        grammars.insert(0, {"lark_grammar": _THINK[structure.reasoning]})
+        opened = structure.reasoning == "open"
+        grammars.insert(0, {"lark_grammar": _after_reasoning(token_id, opened)})
     return json.dumps({"grammars": grammars}, ensure_ascii=False)
+
+
+def _after_reasoning(token_id: TokenId, opened: bool) -> str:
+    """The structure behind a <think> block, which the prompt has opened or may come."""
+    begin, end = token_id("<think>"), token_id("</think>")
+    rules = ["think: text" if opened else f"think: {mark('<think>', begin)} text"]
+    rules.append(
+        "start: think blank? @structure" if opened else "start: (think blank?)? @structure"
+    )
+    rules.append("blank: /[ \\n]{1,4}/")
+    if end is None:
+        rules.append(r"text[lazy]: /(?s:.*)<\/think>/")
+    else:
+        rules.append(f"text: TEXT? <[{end}]>")
+        rules.append(r"TEXT: /(?s:.+)/ & ~/(?s:.*<\/think>.*)/")
+    return "\n".join(rules)
+
+
+def mark(name: str, token_id: int | None) -> str:
+    """A part of a rule: a mark as its added token, or spelled in any way where there is none."""
+    return lark_string(name) if token_id is None else f"<[{token_id}]>"
 
 
 def _structure(structure: StructuredOutput) -> dict[str, Any]:

@@ -23,7 +23,7 @@ def demo() -> Any:
 
 @pytest.fixture(scope="module")
 def compiler(demo: Any) -> GrammarCompiler:
-    return GrammarCompiler(demo.to_json, len(demo), find_model("demo").eos_token_ids())
+    return GrammarCompiler(demo, len(demo), find_model("demo").eos_token_ids())
 
 
 def allowed(constraint: GrammarConstraint, size: int) -> set[int]:
@@ -175,17 +175,17 @@ def test_equal_schemas_are_one() -> None:
 
 def test_a_tokenizer_without_an_end(demo: Any) -> None:
     with pytest.raises(InvalidRequestError, match="end token"):
-        GrammarCompiler(demo.to_json, len(demo), ())(StructuredOutput(regex="a"))
+        GrammarCompiler(demo, len(demo), ())(StructuredOutput(regex="a"))
 
 
 def test_a_vocabulary_that_is_too_small(demo: Any) -> None:
     with pytest.raises(InvalidRequestError, match="tokenizer"):
-        GrammarCompiler(demo.to_json, 100, (0,))(StructuredOutput(regex="a"))
+        GrammarCompiler(demo, 100, (0,))(StructuredOutput(regex="a"))
 
 
 def test_a_vocabulary_larger_than_the_tokenizer(demo: Any) -> None:
     size = len(demo) + 77
-    constraint = GrammarCompiler(demo.to_json, size, (0,))(StructuredOutput(regex="(.|\n)*"))
+    constraint = GrammarCompiler(demo, size, (0,))(StructuredOutput(regex="(.|\n)*"))
     ids = allowed(constraint, size)
     assert len(ids) > 1000
     assert max(ids) < len(demo)
