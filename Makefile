@@ -4,6 +4,9 @@
 PYTHON ?= python3
 BIN := .venv/bin
 QUESTION ?= What is a KV cache?
+# As it was given, in the environment: neither make nor the shell reads anything into it.
+override QUESTION := $(value QUESTION)
+export QUESTION
 CLIENTS := tests/server
 
 .PHONY: demo test lint format lines clean
@@ -28,7 +31,7 @@ CLIENTS := tests/server
 	touch $@
 
 demo: .venv/.demo
-	$(BIN)/nanovllm generate "$(QUESTION)"
+	$(BIN)/nanovllm generate -- "$$QUESTION"
 
 test: lint .venv/.clients .venv/.node
 	$(BIN)/python -m pytest

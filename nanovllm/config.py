@@ -44,10 +44,10 @@ class EngineConfig(Record):
     dtype            of weights and KV cache; "auto": the model's own on a GPU; on a CPU bfloat16
                      for 16-bit models if it has such arithmetic, else float32
     device           "auto": cuda if there is one, else cpu; "cuda:1" names one of several
-    max_model_len    context in tokens; None: the model's own, fitted down to memory
+    max_model_len    context in tokens; default: the model's own, fitted down to memory
     max_num_seqs     sequences that run at once
     max_num_batched_tokens   tokens computed in one step; longer prompts go in chunks
-    block_size       KV slots a block; None: what measured best on the device
+    block_size       KV slots a block; default: what measured best on the device
     gpu_memory_utilization   share of the device's memory for weights and KV cache; also on CPU,
                      where the KV cache is at most 4 GiB unless kv_cache_memory_bytes says more
     kv_cache_memory_bytes    exact budget of the KV cache instead

@@ -257,7 +257,7 @@ class LLM(LLMEngine):
 
         Raises InvalidRequestError if the model has no chat template, or it refuses the messages.
         """
-        single = not messages or isinstance(messages[0], Mapping)
+        single = not messages or isinstance(messages, Mapping) or isinstance(messages[0], Mapping)
         conversations: Any = [messages] if single else messages
         prompts = [
             self.render_chat(

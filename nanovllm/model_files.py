@@ -6,6 +6,7 @@ package ("demo", "demo-draft"), or by a name on the Hugging Face hub, which is f
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -57,13 +58,14 @@ def find_model(name: str) -> ModelFiles:
 def _directory(name: str) -> Path:
     if name in EMBEDDED:  # whatever the working directory holds; ./demo names a directory there
         return ASSETS / name
-    path = Path(name).expanduser()
+    expanded = os.path.expanduser(name)  # it leaves the home of nobody as it is
+    path = Path(expanded)
     if path.is_dir():
         return path
     if path.exists():
         raise ModelLoadError(f"{name} is a file; a model is a directory with config.json")
     if path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
-        raise ModelLoadError(f"there is no directory {name}")
+        raise ModelLoadError(f"there is no directory {expanded}")
     return _fetch(name)
 
 
@@ -75,8 +77,10 @@ def _fetch(name: str) -> Path:
             name, allow_patterns=HUB_PATTERNS, ignore_patterns=HUB_DUPLICATES
         )
         return Path(directory)
-    except Exception as error:  # network, permission, unknown name: one sentence for each
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ModelLoadError(
-            f"{name!r} is no directory here and could not be fetched from the hub: {reason}"
-        ) from None
+    except huggingface_hub.errors.RepositoryNotFoundError:
+        reason = "there is no such model, or it needs a token (HF_TOKEN) that may read it"
+    except Exception as error:  # network, offline mode, full disk: one line for each
+        reason = next(iter(str(error.__cause__ or error).splitlines()), type(error).__name__)
+    raise ModelLoadError(
+        f"{name!r} is no directory here and could not be fetched from the hub: {reason}"
+    )

@@ -117,8 +117,8 @@ class Chat:
             elif text.strip():
                 self._ask(text)
         except (ChatError, NanoVLLMError, OSError) as error:
-            if isinstance(error, BrokenPipeError):
-                raise
+            if isinstance(error, OSError) and error.filename is None:
+                raise  # no file that the user named: nobody reads the answers, or the disk is full
             say(str(error), RED)
 
     def _command(self, text: str) -> None:

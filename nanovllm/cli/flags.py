@@ -11,6 +11,7 @@ import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import Field, fields
 from difflib import get_close_matches
+from itertools import takewhile
 from typing import Any, NoReturn
 
 from nanovllm import EngineConfig, SamplingParams
@@ -47,7 +48,7 @@ NOT_SAMPLING_FLAGS = ("seed", "detokenize")  # the engine has the first; text is
 HELP = {  # where the record's own words do not fit a command line, or there are none
     "seed": "fixes the random choices; another seed gives another answer",
     "tensor_parallel_size": "devices that one model is spread over",
-    "include_stop_str_in_output": "keep the stop string in the text",
+    "max_tokens": "tokens to generate at most; without it the context is the limit",
 }
 DESCRIPTIONS = {
     "sampling": "What is not said here is as in the model's generation_config.json where that says "
@@ -80,7 +81,8 @@ class Parser(argparse.ArgumentParser):
 
     def parse(self, arguments: Sequence[str]) -> argparse.Namespace | None:
         """The flags, or None if help was asked for and printed. Raises UsageError."""
-        wants_help = [a for a in arguments if a in ("-h", "--help") or a.startswith("--help=")]
+        flags = takewhile(lambda a: a != "--", arguments)  # what follows it is text
+        wants_help = [a for a in flags if a in ("-h", "--help") or a.startswith("--help=")]
         if wants_help and wants_help[0] in ("-h", "--help", "--help=common", "--help=all"):
             print(self.format_help(), end="")
             return None

@@ -86,6 +86,8 @@ def _chat_prompt(session: Session, prompt: str, system: str | None) -> list[int]
     try:
         return session.llm.render_chat(messages)
     except InvalidRequestError as error:
+        if "chat template" not in str(error):  # a text that is none is none without it either
+            raise
         raise InvalidRequestError(f"{error} (--raw sends the prompt as it is)") from None
 
 

@@ -55,12 +55,18 @@ def fit_cache(
     """Blocks within the budget, and the longest context that they hold.
 
     free_bytes is what is left after the weights; on a CPU at most DEFAULT_CPU_KV_BYTES are taken
-    unless more were asked for. Raises OutOfMemoryError if not even one block fits.
+    unless more were asked for. Raises OutOfMemoryError if not even one block fits, ConfigError if
+    fewer bytes were asked for than one takes.
     """
     size = block_bytes(model, block_size, dtype)
     wanted_len = engine.max_model_len or model.max_position
     useful = engine.max_num_seqs * -(-wanted_len // block_size)
     asked = _blocks_asked_for(engine, size, useful, on_cpu)
+    if asked < 1:
+        raise ConfigError(
+            f"kv_cache_memory_bytes={engine.kv_cache_memory_bytes} holds no KV cache: one block of "
+            f"{block_size} slots needs {size} bytes"
+        )
     num_blocks = min(asked, free_bytes // size)
     if num_blocks < 1:
         raise OutOfMemoryError(
@@ -97,9 +103,9 @@ def check_weights_fit(num_bytes: int, device: torch.device, share: float) -> Non
     free = free_memory(device, share)
     if num_bytes > free:
         raise OutOfMemoryError(
-            f"the weights need {num_bytes / MIB:.0f} MiB and {max(0, free) / MIB:.0f} MiB are "
-            f"free on {device}; a smaller model, a 16-bit dtype, or a higher "
-            "gpu_memory_utilization would help"
+            f"the weights need {num_bytes / MIB:.0f} MiB, {(num_bytes - max(0, free)) / MIB:.0f} "
+            f"more than the {max(0, free) / MIB:.0f} MiB that are free on {device}; a smaller "
+            "model, a 16-bit dtype, or a higher gpu_memory_utilization would help"
         )
 
 

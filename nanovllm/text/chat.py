@@ -36,6 +36,20 @@ class _Generation(jinja2.ext.Extension):
         return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
 
+def _check(message: Any, where: str) -> None:
+    if not isinstance(message, Mapping):
+        raise InvalidRequestError(f"{where} must be a mapping with a role: {message!r}")
+    role, content = message.get("role"), message.get("content")
+    if not isinstance(role, str) or not role:
+        raise InvalidRequestError(f"{where} must have a role, which is a string: {message!r}")
+    if content is None and not message.get("tool_calls"):
+        raise InvalidRequestError(f"{where} (role {role!r}) has neither content nor tool_calls")
+    if content is not None and not isinstance(content, (str, list, tuple)):
+        raise InvalidRequestError(
+            f"{where} (role {role!r}): content must be a string or a list of parts, got {content!r}"
+        )
+
+
 def _raise(message: str) -> NoReturn:
     raise jinja2.TemplateError(message)
 
@@ -97,10 +111,9 @@ class ChatTemplate:
         if self.source is None:
             raise InvalidRequestError("this model has no chat template: use generate()")
         if not messages:
-            raise InvalidRequestError("messages must hold at least one message")
-        for message in messages:
-            if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
-                raise InvalidRequestError(f"a message must have a role: {message!r}")
+            raise InvalidRequestError("messages must be a list of at least one message")
+        for index, message in enumerate(messages):
+            _check(message, f"message {index}")
         try:
             return _compile(self.source).render(
                 **self._special_tokens,

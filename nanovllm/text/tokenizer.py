@@ -66,8 +66,8 @@ class Tokenizer:
             # `encode` holds the interpreter lock until it is done; the form for batches does not.
             (found,) = self._fast.encode_batch_fast([text], add_special_tokens=add_special_tokens)
             return found.ids
-        except (UnicodeEncodeError, TypeError) as error:  # the library's ways to refuse it
-            raise InvalidRequestError(f"the text is not valid Unicode: {error}") from None
+        except (UnicodeEncodeError, TypeError):  # the library's ways to refuse it
+            raise InvalidRequestError(_what_is_wrong(text)) from None
 
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         return self._fast.decode(token_ids, skip_special_tokens=skip_special_tokens)
@@ -115,6 +115,16 @@ class Tokenizer:
             if name.endswith("_token") and value is not None:
                 found[name] = value["content"] if isinstance(value, dict) else value
         return {name: value for name, value in found.items() if isinstance(value, str)}
+
+
+def _what_is_wrong(text: object) -> str:
+    if not isinstance(text, str):
+        return f"a text must be a string, got {type(text).__name__}"
+    at = next(at for at, char in enumerate(text) if "\ud800" <= char <= "\udfff")
+    return (
+        f"the text is not valid Unicode: {text[at]!a} after {text[max(0, at - 20) : at]!r} is "
+        "half of a surrogate pair or a byte that is not UTF-8"
+    )
 
 
 def read_json(path: Path) -> dict[str, Any]:

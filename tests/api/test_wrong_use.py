@@ -10,10 +10,13 @@ from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import MagicMock
 
+import huggingface_hub
 import numpy as np
 import pytest
 import torch
+from huggingface_hub import errors as hub_errors
 from safetensors.torch import load_file, save_file
 from tiny_models import edit_json, make_model
 
@@ -29,6 +32,7 @@ from nanovllm import (
     SamplingParams,
     UnsupportedModelError,
 )
+from nanovllm.model_files import find_model
 
 SMALL: dict[str, Any] = {
     "max_num_seqs": 4,
@@ -69,7 +73,8 @@ BAD_PROMPTS: list[tuple[Any, type[Exception], str]] = [
     ([["a"]], InvalidRequestError, "must be an integer: 'a'"),
     ([None], InvalidRequestError, "a string or a list of token ids: None"),
     ([b"bytes"], InvalidRequestError, "a string or a list of token ids"),
-    (["\ud800"], InvalidRequestError, "not valid Unicode"),
+    (["\ud800"], InvalidRequestError, r"not valid Unicode: '\\ud800' after '' is"),
+    (["好" * 5000 + "\udcff!"], InvalidRequestError, r"'\\udcff' after '好{20}' is half"),
     ([[5] * 64], ContextLengthError, "maximum context length is 64 tokens.* 64; at most 63"),
     ([[5] * 99], ContextLengthError, "maximum context length is 64 tokens.* 99; at most 63"),
 ]
@@ -205,8 +210,18 @@ def test_options_of_a_request(llm: LLM, options: dict[str, Any]) -> None:
 
 
 def test_chats(llm: LLM, models: Any) -> None:
-    for bad in ([], [{"content": "no role"}], ["text"]):
-        with pytest.raises(InvalidRequestError):
+    user = {"role": "user", "content": "hi"}
+    cases: list[tuple[Any, str]] = [
+        ([], "at least one message"),
+        ([{"content": "no role"}], "message 0 must have a role"),
+        (["text"], "message 0 must be a mapping"),
+        ("text", "message 0 must be a mapping"),
+        (user, "message 0 must be a mapping"),
+        ([user, {"role": "assistant"}], r"message 1 \(role 'assistant'\) has neither content"),
+        ([[user], [user, "text"]], "message 1 must be a mapping"),
+    ]
+    for bad, message in cases:
+        with pytest.raises(InvalidRequestError, match=message):
             llm.chat(bad)
     with (
         LLM(str(models("qwen3")), skip_tokenizer_init=True, **SMALL) as bare,
@@ -246,6 +261,8 @@ def test_engine_options(text_model: Path, options: dict[str, Any], message: str)
 
 def test_engine_options_that_this_machine_refuses(text_model: Path) -> None:
     for options, message in (
+        ({"device": "cuda:99"}, r"'cuda:99' is not there: torch \S+ sees (no GPU|cuda:0)"),
+        ({"kv_cache_memory_bytes": 1000}, r"=1000 holds no KV cache: .* needs \d{4,} bytes"),
         ({"kv_cache_dtype": "fp8", "device": "cpu"}, "kv_cache_dtype='fp8' needs the triton"),
         ({"attention_backend": "magic"}, "attention_backend must be auto or one of .*'magic'"),
     ):
@@ -278,6 +295,52 @@ def test_directories_that_are_no_model(text_model: Path, tmp_path: Path) -> None
         LLM(str(tmp_path))
     with pytest.raises(ModelLoadError, match="is a file"):
         LLM(str(text_model / "config.json"))
+
+
+def test_a_home_directory_is_found(
+    text_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "mine").symlink_to(text_model)
+    assert find_model("~/mine").directory == tmp_path / "mine"
+    with pytest.raises(ModelLoadError, match=f"there is no directory {tmp_path}/absent$"):
+        find_model("~/absent")
+
+
+HUB_ERRORS: list[tuple[Exception, str]] = [
+    (hub_errors.HFValidationError("Repo id must\nbe"), "from the hub: Repo id must$"),
+    (RuntimeError(), "from the hub: RuntimeError$"),
+]
+
+
+@pytest.mark.parametrize(("error", "message"), HUB_ERRORS)
+def test_a_hub_that_gives_nothing(
+    monkeypatch: pytest.MonkeyPatch, error: Exception, message: str
+) -> None:
+    def download(*args: Any, **options: Any) -> str:
+        raise error
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    with pytest.raises(ModelLoadError, match=f"'a/b' is no directory here .*{message}"):
+        find_model("a/b")
+
+
+def test_a_hub_that_is_out_of_reach_or_knows_no_such_model(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def unreachable(*args: Any, **options: Any) -> str:
+        raise hub_errors.LocalEntryNotFoundError("Got: it\nmany lines") from OSError("no network")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", unreachable)
+    with pytest.raises(ModelLoadError, match=r"from the hub: no network$"):
+        find_model("a/b")
+
+    def unknown(*args: Any, **options: Any) -> str:
+        raise hub_errors.RepositoryNotFoundError("401 Client Error", response=MagicMock())
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", unknown)
+    with pytest.raises(ModelLoadError, match=r"there is no such model, or it needs a token"):
+        find_model("a/b")
 
 
 def test_directory_without_a_tokenizer(models: Any) -> None:

@@ -86,7 +86,9 @@ def test_invalid_utf8_is_one_line(
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(prompt, encoding="utf-8"))
     result = cli("generate", "-", "--model", tiny, *SHORT, *flags)
     assert (result.status, result.out) == (2, "")
-    assert "not valid Unicode" in result.err
+    assert "not valid Unicode: '\\udcff' after " in result.err
+    assert "What is ' is half of" in result.err
+    assert "--raw" not in result.err  # it would not help
     assert len(result.err.splitlines()) == 1
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -22,7 +24,9 @@ MODULE = [sys.executable, "-m", "nanovllm.cli.main"]
 HEAVY = ("torch", "jinja2", "tokenizers", "numpy", "transformers")
 
 
-@pytest.mark.parametrize("arguments", [
+@pytest.mark.parametrize(
+    "arguments",
+    [
         ["--help"],
         ["generate", "--help"],
         ["bench", "--help=all"],

@@ -56,6 +56,12 @@ def test_a_context_beyond_the_models_own_is_refused() -> None:
         check_context(EngineConfig(max_model_len=101), MODEL)
 
 
+def test_fewer_bytes_than_a_block() -> None:
+    assert fit(kv_cache_memory_bytes=BLOCK).num_blocks == 1
+    with pytest.raises(ConfigError, match=rf"={BLOCK - 1} holds no.* 16 slots needs {BLOCK} bytes"):
+        fit(kv_cache_memory_bytes=BLOCK - 1)
+
+
 def test_asked_for_exactly() -> None:
     assert fit(num_kv_blocks=500) == CacheSize(500, 100)
     assert fit(kv_cache_memory_bytes=9 * BLOCK - 1) == CacheSize(8, 100)

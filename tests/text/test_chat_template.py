@@ -182,6 +182,19 @@ def test_same_as_transformers(
                     ours.render(messages, **options)
 
 
+WRONG_MESSAGES: list[tuple[Any, str]] = [
+    ("text", "message 1 must be a mapping with a role: 'text'"),
+    ({"content": "x"}, "message 1 must have a role"),
+    ({"role": 3, "content": "x"}, "message 1 must have a role"),
+    ({"role": "", "content": "x"}, "message 1 must have a role"),
+    ({"role": "user"}, r"message 1 \(role 'user'\) has neither content nor tool_calls"),
+    ({"role": "tool", "content": None}, r"message 1 \(role 'tool'\) has neither"),
+    ({"role": "assistant", "tool_calls": []}, r"message 1 \(role 'assistant'\) has neither"),
+    ({"role": "user", "content": 5}, r"\(role 'user'\): content must be a string.*got 5"),
+    ({"role": "user", "content": b"x"}, "content must be a string or a list of parts"),
+]
+
+
 def test_refusals() -> None:
     strict = ChatTemplate(STRICT, {})
     user = {"role": "user", "content": "x"}
@@ -191,13 +204,19 @@ def test_refusals() -> None:
         ChatTemplate(None, {}).render([user])
     with pytest.raises(InvalidRequestError, match="at least one message"):
         strict.render([])
-    for bad in ({"content": "x"}, "text", {"role": 3, "content": "x"}):
-        with pytest.raises(InvalidRequestError, match="must have a role"):
-            strict.render([bad])  # type: ignore[list-item]
+    for bad, message in WRONG_MESSAGES:
+        with pytest.raises(InvalidRequestError, match=message):
+            strict.render([user, bad])
     with pytest.raises(InvalidRequestError, match="refused"):
         ChatTemplate("{% for %}", {}).render([user])
-    with pytest.raises(InvalidRequestError, match="refused"):
-        strict.render([{"role": "user", "content": None}])
+
+
+def test_a_call_of_tools_needs_no_content() -> None:
+    call = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "f"}}]}
+    source = "{% for m in messages %}{{ m.tool_calls[0].function.name }}{% endfor %}"
+    assert ChatTemplate(source, {}).render([call]) == "f"
+    del call["content"]
+    assert ChatTemplate(source, {}).render([call]) == "f"
 
 
 @pytest.mark.parametrize(
