@@ -73,7 +73,8 @@ class AttentionBackend(Protocol):
         q: Tensor,  # [T, H, D]
         k: Tensor,  # [T, G, D]
         v: Tensor,  # [T, G, D]
-        kv_cache: Tensor,  # [B, 2, G, P, D]: keys at [:, 0], values at [:, 1]
+        kv_cache: Tensor,  # [B, 2, G, P, D]: keys at [:, 0], values at [:, 1]; the order of P, D
+        # is the backend's own
         batch: AttentionBatch,
         scale: float,
         window: int | None,

@@ -62,5 +62,5 @@ class CpuAttention:
         key = (kv_cache.data_ptr(), kv_cache.shape, kv_cache.stride(), kv_cache.dtype)
         view = self._caches.get(key)
         if view is None:
-            view = self._caches[key] = CacheView(kv_cache)
+            view = self._caches[key] = self._ops.view(kv_cache)
         return view

@@ -29,6 +29,7 @@ _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "start": (None, [_INT]),
     "pack": (_POINTER, [_POINTER, _LONG, _LONG, _INT]),
     "free": (None, [_POINTER]),
+    "want_huge_pages": (None, [_POINTER, _LONG]),
     "linear": (None, [_POINTER, _POINTER, _LONG, _LONG, _POINTER, _POINTER]),
     "embedding": (_LONG, [_POINTER, _POINTER, _LONG, _POINTER]),
     "rms_norm": (None, [_INT, _POINTER, _LONG, _POINTER, _FLOAT, _LONG, _LONG, _POINTER]),
@@ -112,7 +113,11 @@ class PackedWeight:
 
 
 class CacheView(ctypes.Structure):
-    """What the kernels know of kv_cache [B, 2, G, P, D]; valid while that tensor lives."""
+    """What the kernels know of kv_cache [B, 2, G, P, D]; valid while that tensor lives.
+
+    Inside a block keys and values lie as the kernels like them (attention.h): P and D in another
+    order.
+    """
 
     _fields_ = (
         ("data", _POINTER),
@@ -138,6 +143,7 @@ class CacheView(ctypes.Structure):
         row = kv_cache.stride(0)
         super().__init__(kv_cache.data_ptr(), dtype, num_blocks, row, num_heads, block_size, dim)
         self.torch_dtype = kv_cache.dtype
+        self.num_bytes = row * num_blocks * kv_cache.itemsize
 
 
 class BatchView(ctypes.Structure):
@@ -304,9 +310,15 @@ class CpuOps:
         self._silu_mul(dtype, gate_up.data_ptr(), rows, width // 2, out.data_ptr())
         return out
 
+    def view(self, kv_cache: Tensor) -> CacheView:
+        """The view of a cache [B, 2, G, P, D] yet to be written, on huge pages if there are any."""
+        view = CacheView(kv_cache)
+        self._library.nanovllm_want_huge_pages(view.data, view.num_bytes)
+        return view
+
     def store_kv(self, k: Tensor, v: Tensor, kv_cache: Tensor, slot_mapping: Tensor) -> None:
         """Writes k and v [T, G, D] into the slots [T] int64 (block * P + offset) of
-        kv_cache [B, 2, G, P, D]."""
+        kv_cache [B, 2, G, P, D], in the order of dimensions that `attention` reads."""
         batch = BatchView.__new__(BatchView)
         batch.set_slots(slot_mapping)
         self.store(k, v, CacheView(kv_cache), batch)

@@ -71,43 +71,49 @@ def test_contract(
     lens = SHAPES[shape]
     columns = max(-(-length // SLOTS) for _, length in lens) + 2
     num_blocks = len(lens) * columns
-    wide = torch.randperm(num_blocks).view(len(lens), columns).int()
-    tables = torch.cat((wide, torch.full_like(wide, -1)), dim=1)[:, :columns]  # strided rows
+    tables = torch.randperm(num_blocks).view(len(lens), columns).int()
     cache = torch.full((num_blocks, 2, kv_heads, SLOTS, dim), float("nan"), dtype=dtype)
     keys = [torch.randn(length, kv_heads, dim).to(dtype) for _, length in lens]
     values = [torch.randn(length, kv_heads, dim).to(dtype) for _, length in lens]
-    queries = [torch.randn(n, heads, dim).to(dtype) for n, _ in lens]
-    slots: list[int] = []
-    for row, (n, length) in enumerate(lens):
-        for position in range(length):
-            block, offset = int(tables[row, position // SLOTS]), position % SLOTS
-            if position >= length - n:
-                slots.append(block * SLOTS + offset)
-            else:
-                cache[block, 0, :, offset] = keys[row][position]
-                cache[block, 1, :, offset] = values[row][position]
-        tables[row, -(-length // SLOTS) :] = 10**6  # never to be read
-    new = [torch.cat([x[row][-n:] for row, (n, _) in enumerate(lens)]) for x in (keys, values)]
-    q_lens = torch.tensor([0, *(n for n, _ in lens)])
-    batch = AttentionBatch(
-        cu_q_lens=q_lens.cumsum(0).int(),
-        context_lens=torch.tensor([length for _, length in lens]).int(),
-        block_tables=tables,
-        slot_mapping=torch.tensor(slots),
-        positions=torch.cat([torch.arange(length - n, length) for n, length in lens]),
-        max_q_len=max(n for n, _ in lens),
-        max_context_len=max(length for _, length in lens),
-    )
+    queries = [torch.randn(length, heads, dim).to(dtype) for _, length in lens]
     attention: Any = backend()
-    attention.plan(batch)
-    out = attention.forward(torch.cat(queries), *new, cache, batch, dim**-0.5, window)
+
+    def run(computed: list[tuple[int, int]]) -> Tensor:
+        """Positions [begin, end) of each sequence as one batch; what lies in a block is theirs."""
+        rows = [(row, begin, end) for row, (begin, end) in enumerate(computed) if begin < end]
+        at = [(row, position) for row, begin, end in rows for position in range(begin, end)]
+        slots = [int(tables[row, p // SLOTS]) * SLOTS + p % SLOTS for row, p in at]
+        seen = tables[[row for row, _, _ in rows]].clone()
+        for i, (_, _, end) in enumerate(rows):
+            seen[i, -(-end // SLOTS) :] = 10**6  # never to be read
+        batch = AttentionBatch(
+            cu_q_lens=torch.tensor([0, *(end - begin for _, begin, end in rows)]).cumsum(0).int(),
+            context_lens=torch.tensor([end for _, _, end in rows]).int(),
+            block_tables=torch.cat((seen, torch.full_like(seen, -1)), dim=1)[:, :columns],
+            slot_mapping=torch.tensor(slots),
+            positions=torch.tensor([position for _, position in at]),
+            max_q_len=max(end - begin for _, begin, end in rows),
+            max_context_len=max(end for _, _, end in rows),
+        )
+        attention.plan(batch)
+        q, k, v = (
+            torch.stack([x[row][position] for row, position in at]) for x in (queries, keys, values)
+        )
+        return attention.forward(q, k, v, cache, batch, dim**-0.5, window)
+
+    if any(n < length for n, length in lens):
+        run([(0, length - n) for n, length in lens])
+    out = run([(length - n, length) for n, length in lens])
     assert out.dtype == dtype
+    begin = 0
     for row, (n, length) in enumerate(lens):
-        begin = int(batch.cu_q_lens[row])
-        expected = textbook(queries[row], keys[row], values[row], length - n, dim**-0.5, window)
+        expected = textbook(
+            queries[row][-n:], keys[row], values[row], length - n, dim**-0.5, window
+        )
         torch.testing.assert_close(
             out[begin : begin + n].double(), expected, atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype]
         )
+        begin += n
 
 
 def test_selection_says_why() -> None:

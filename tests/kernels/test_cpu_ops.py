@@ -260,7 +260,12 @@ def test_backend_stores_and_attends():
     new_k = torch.cat([k[-n:] for k, (n, _) in zip(paged.keys, LENS, strict=True)])
     new_v = torch.cat([v[-n:] for v, (n, _) in zip(paged.values, LENS, strict=True)])
     slots = torch.cat([s[-n:] for s, (n, _) in zip(paged.slots, LENS, strict=True)])
-    paged.cache[slots // 16, :, :, slots % 16] = float("nan")
+    old_k, old_v, old_slots = (
+        torch.cat([x[:-n] for x, (n, _) in zip(parts, LENS, strict=True)])
+        for parts in (paged.keys, paged.values, paged.slots)
+    )
+    paged.cache.fill_(float("nan"))
+    OPS.store_kv(old_k, old_v, paged.cache, old_slots)
     positions = torch.cat([torch.arange(c - n, c) for n, c in LENS])
     batch = AttentionBatch(
         paged.cu, paged.contexts, paged.tables, slots, positions, max_q_len=130, max_context_len=300

@@ -9,7 +9,9 @@ namespace nanovllm {
 
 constexpr float kLowest = -1e30f;  // below any score, and finite: its differences are too
 
-// Keys at [block, 0], values at [block, 1]; each [head, slot, dim], contiguous in a block.
+// Keys at [block, 0], values at [block, 1], then [head], contiguous in a block. A head's keys lie as
+// [dim / depth][slot][depth], its values as [slot / depth][dim][depth], depth that of the tile
+// kernel: both are operands of a tile without packing.
 // This struct and the next are filled by the Python side, field by field.
 struct Cache {
   void* data;
@@ -18,10 +20,9 @@ struct Cache {
   long block_row;  // elements between blocks
   long num_heads, block_size, dim;
 
-  long value_offset() const { return num_heads * block_size * dim; }
-  long slot(long block, long head, long offset) const {
-    return block * block_row + (head * block_size + offset) * dim;
-  }
+  // Where the keys and the values of a head in a block begin, in elements.
+  long keys(long block, long head) const { return block * block_row + head * block_size * dim; }
+  long values(long block, long head) const { return keys(block, num_heads + head); }
 };
 
 struct Batch {

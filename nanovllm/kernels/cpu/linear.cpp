@@ -29,12 +29,11 @@ struct Group {
   long first, count;
   Weights weights;
 
-  Group(const Packed& w, long group) {
-    first = group * kTileVectors;
-    count = std::min<long>(kTileVectors, w.num_vectors() - first);
-    weights = {w.data + first * num_steps<Kind>(w.k) * Kind::kBytes, count * Kind::kBytes,
-               Kind::kBytes};
-  }
+  Group(const Packed& w, long group)
+      : first(group * kTileVectors),
+        count(std::min<long>(kTileVectors, w.num_vectors() - first)),
+        weights(w.data + first * num_steps<Kind>(w.k) * Kind::kBytes, count * Kind::kBytes,
+                Kind::kBytes) {}
 };
 
 template <class Kind>
@@ -52,7 +51,7 @@ Packed* pack(const typename Kind::Element* weight, long n, long k, int dtype) {
         long column = (group.first + v) * kLanes + j;
         columns[j] = column < n ? weight + column * k : zeros.data();
       }
-      char* out = const_cast<char*>(group.weights.base) + v * Kind::kBytes;
+      char* out = const_cast<char*>(group.weights.base[v]);
       pack_columns<Kind>(columns, k, out, group.weights.step);
     }
   });
@@ -128,7 +127,7 @@ struct Linear {
                         std::min(slab, steps - step), sums + (panels.first(p) - first_row) * kGroup,
                         kGroup, step == 0, fetch_ahead(group, rows, p - begin, end - begin)});
       }
-      group.weights.base += slab * group.weights.step;
+      group.weights.skip(slab * group.weights.step);
     }
     for (long row = first_row; row < panels.first(end); row++) {
       finish(g, sums + (row - first_row) * kGroup, out + row * w.n);
@@ -139,18 +138,19 @@ struct Linear {
   // cache; a single panel never stops and fetches what it needs a little later (the more rows,
   // the fewer steps does the processor look ahead by itself). Distances by measurement.
   static Ahead fetch_ahead(const Group<Kind>& group, int rows, long panel, long num_panels) {
-    const char* base = group.weights.base;
-    if (num_panels == 1) return {base + (rows <= 3 ? 4096 : 8192), 4};
-    long lines = num_panels < 4 ? 2 : 1;
-    if (panel * lines >= 4) return {nullptr, 0};
-    return {base + kSlab * group.weights.step + panel * kSlab * lines * 64, lines};
+    Ahead ahead = {{}, num_panels == 1 ? 4 : num_panels < 4 ? 2 : 1};
+    if (panel * ahead.lines >= 4) return {{}, 0};
+    const char* base = group.weights.base[0] + panel * ahead.lines * 64;
+    base += num_panels > 1 ? kSlab * group.weights.step : rows <= 3 ? 4096 : 8192;
+    for (int l = 0; l < ahead.lines; l++) ahead.base[l] = base + l * 64;
+    return ahead;
   }
 
   static void multiply_panel(const Group<Kind>& group, int rows, Product<Kind> product) {
     if (group.count == kTileVectors) return tile_rows<Kind, kTileVectors>(rows, product);
     for (long v = 0; v < group.count; v++) {
       tile_rows<Kind, 1>(rows, product);
-      product.weights.base += Kind::kBytes;
+      product.weights.skip(Kind::kBytes);
       product.out += kLanes;
     }
   }
@@ -175,7 +175,7 @@ void embedding(const Packed& w, const int64_t* ids, long count, typename Kind::E
   using Element = typename Kind::Element;
   for (long i = 0; i < count; i++, out += w.k) {
     Group<Kind> group(w, ids[i] / kGroup);
-    const char* row = group.weights.base + ids[i] % kGroup * Kind::kDepth * sizeof(Element);
+    const char* row = group.weights.base[0] + ids[i] % kGroup * Kind::kDepth * sizeof(Element);
     for (long k = 0; k < w.k; k += Kind::kDepth, row += group.weights.step) {
       std::memcpy(out + k, row, std::min<long>(Kind::kDepth, w.k - k) * sizeof(Element));
     }

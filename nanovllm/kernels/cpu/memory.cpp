@@ -1,8 +1,10 @@
 #include "memory.h"
 
 #include <sys/mman.h>
+#include <unistd.h>
 
 #include <algorithm>
+#include <cstdint>
 #include <cstdlib>
 #include <mutex>
 
@@ -60,6 +62,16 @@ char* allocate_weight(long bytes, Region** region) {
 void free_weight(Region* region) {
   std::lock_guard<std::mutex> lock(mutex);
   release(region);
+}
+
+// Asks for huge pages under memory that is yet to be written.
+extern "C" void nanovllm_want_huge_pages(void* memory, long bytes) {
+#if defined(MADV_HUGEPAGE)
+  long page = sysconf(_SC_PAGESIZE);
+  uintptr_t begin = (reinterpret_cast<uintptr_t>(memory) + page - 1) / page * page;
+  uintptr_t end = (reinterpret_cast<uintptr_t>(memory) + bytes) / page * page;
+  if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+#endif
 }
 
 }  // namespace nanovllm

@@ -58,17 +58,25 @@ using TileBf16 = DotBf16;
 using TileBf16 = Fma<Bf16>;
 #endif
 
-// Where a tile's weights lie: vector v of step s begins at base + s * step + v * vector.
+// Where a tile's weights lie: vector v of step s begins at base[v] + s * step.
 struct Weights {
-  const char* base;
+  const char* base[kTileVectors];
   long step;
-  long vector;
+
+  // Vectors side by side.
+  Weights(const char* first, long step, long vector) : step(step) {
+    for (int v = 0; v < kTileVectors; v++) base[v] = first + v * vector;
+  }
+  void skip(long bytes) {
+    for (const char*& b : base) b += bytes;
+  }
 };
 
-// Memory to fetch into the second-level cache meanwhile: so many cache lines a step.
+// Memory to fetch into the second-level cache meanwhile: the line at base[l] + s * step (of the
+// weights) in step s, for each l < lines.
 struct Ahead {
-  const char* base;
-  long lines;
+  const char* base[kTileVectors];
+  int lines;
 };
 
 // One product: `act` begins at a slab of a panel, `out` has rows `out_row` floats apart.
@@ -80,7 +88,7 @@ struct Product {
   float* out;
   long out_row;
   bool fresh;  // out is written without being read, else added to
-  Ahead ahead = {nullptr, 0};
+  Ahead ahead = {{}, 0};
 };
 
 template <class Kind, int kRows, int kVectors>
@@ -93,15 +101,14 @@ inline __attribute__((always_inline)) void tile(Product<Kind> p) {
       sums[r][v] = p.fresh ? Vec{} : load(p.out + r * p.out_row + v * kLanes);
     }
   }
-  const char* base = p.weights.base;
-  const char* ahead = p.ahead.base;
+  long at = 0;
   for (long slab = 0; slab < p.steps; slab += kSlab, p.act += kRows * kSlab) {
     long count = p.steps - slab < kSlab ? p.steps - slab : kSlab;
-    for (long s = 0; s < count; s++, base += p.weights.step) {
+    for (long s = 0; s < count; s++, at += p.weights.step) {
       typename Kind::Operand w[kVectors];
 #pragma GCC unroll 8
-      for (int v = 0; v < kVectors; v++) w[v] = Kind::weight(base + v * p.weights.vector);
-      for (long l = 0; l < p.ahead.lines; l++, ahead += 64) __builtin_prefetch(ahead, 0, 2);
+      for (int v = 0; v < kVectors; v++) w[v] = Kind::weight(p.weights.base[v] + at);
+      for (int l = 0; l < p.ahead.lines; l++) __builtin_prefetch(p.ahead.base[l] + at, 0, 2);
 #pragma GCC unroll 8
       for (int r = 0; r < kRows; r++) {
         typename Kind::Operand a = Kind::broadcast(p.act + r * kSlab + s);
