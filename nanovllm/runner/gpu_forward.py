@@ -1,7 +1,8 @@
 """A decoder's forward pass on a GPU, with our fused kernels in place of single operators.
 
-Batches of single tokens take five launches a layer up to `max_rows` rows, and cuBLAS for the
-products above; longer ones rotate and store in one kernel and attend over the cache. The result
+Batches of single tokens take five launches a layer up to `linear.max_rows` rows. Above, the norms
+and the products are launches of their own, the products ours up to `products.MAX_ROWS` rows and
+cuBLAS beyond; longer rows rotate and store in one kernel and attend over the cache. The result
 is that of `Decoder.forward` up to rounding. All lengths are read on the device, so a batch of
 single tokens can be captured in a CUDA graph.
 
@@ -19,7 +20,7 @@ from nanovllm.attention.base import AttentionBatch
 from nanovllm.attention.triton import TritonAttention
 from nanovllm.kernels.gpu import attention as attention_kernels
 from nanovllm.kernels.gpu import linear as linear_kernels
-from nanovllm.kernels.gpu import rowwise
+from nanovllm.kernels.gpu import products, rowwise
 from nanovllm.models.decoder import Block, Decoder
 
 
@@ -63,11 +64,14 @@ class GpuForward:
     def __init__(self, model: Decoder, attention: TritonAttention, *, pdl: bool) -> None:
         self.config = model.config
         self._embed, self._lm_head = model.embed, model.lm_head
+        self.dtype = model.embed.dtype
         self._final_norm, self._cos_sin = model.final_norm, model.cos_sin
         self._layers = [_Layer.of(block) for block in model.blocks]
         self._attention = attention
         self._pdl = pdl
         self._max_few = linear_kernels.max_rows(model.config.hidden_size)
+        self._max_some = products.MAX_ROWS if pdl else 0  # measured on nothing older
+        self._workspace = products.Workspace(self._embed.device)
         self._plain_mlp = all(layer.gate_up_bias is None for layer in self._layers)
 
     def hidden(self, token_ids: Tensor, batch: AttentionBatch, kv_cache: Tensor) -> Tensor:
@@ -122,18 +126,48 @@ class GpuForward:
         kv_cache: Tensor,
         window: int | None,
     ) -> None:
-        """One block with cuBLAS for the products; residual [T, hidden] is changed in place."""
-        eps = self.config.rms_norm_eps
-        normed = rowwise.rms_norm(residual, layer.input_norm, eps)
-        qkv = F.linear(normed, layer.qkv, layer.qkv_bias)
+        """One block in seven launches or more; residual [T, hidden] is changed in place."""
+        eps, pdl = self.config.rms_norm_eps, self._pdl
+        normed = rowwise.rms_norm(residual, layer.input_norm, eps, pdl=pdl)
+        qkv = self._product(normed, layer.qkv, layer.qkv_bias)
         if batch.max_q_len == 1:
             attended = self._attend_new(layer, qkv, batch, kv_cache, window)
         else:
             attended = self._attend_chunks(layer, qkv, batch, kv_cache, window)
-        _add_product(residual, attended, layer.o, layer.o_bias)
-        normed = rowwise.rms_norm(residual, layer.post_norm, eps)
-        active = rowwise.silu_mul(F.linear(normed, layer.gate_up, layer.gate_up_bias))
-        _add_product(residual, active, layer.down, layer.down_bias)
+        self._add_product(residual, attended, layer.o, layer.o_bias)
+        normed = rowwise.rms_norm(residual, layer.post_norm, eps, pdl=pdl)
+        active = self._gated_product(normed, layer.gate_up, layer.gate_up_bias)
+        self._add_product(residual, active, layer.down, layer.down_bias)
+
+    def _ours(self, x: Tensor, weight: Tensor) -> bool:
+        return len(x) <= self._max_some and products.fits(weight)
+
+    def _product(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """x [T, K] @ weight.T (+ bias) -> [T, N]"""
+        if not self._ours(x, weight):
+            return F.linear(x, weight, bias)
+        out = x.new_empty((len(x), len(weight)))
+        return products.product(x, weight, out, self._workspace, bias=bias, pdl=self._pdl)
+
+    def _gated_product(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """SiLU(gate) * up of x [T, K] -> [T, I]"""
+        if bias is not None or not self._ours(x, weight):
+            return rowwise.silu_mul(F.linear(x, weight, bias), pdl=self._pdl)
+        out = x.new_empty((len(x), len(weight) // 2))
+        return products.product(x, weight, out, self._workspace, gated=True, pdl=self._pdl)
+
+    def _add_product(
+        self, residual: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None
+    ) -> None:
+        """residual [T, N] += x [T, K] @ weight.T (+ bias), in one launch (two with cuBLAS)."""
+        if self._ours(x, weight):
+            products.product(
+                x, weight, residual, self._workspace, bias=bias, residual=residual, pdl=self._pdl
+            )
+            return
+        residual.addmm_(x, weight.t())
+        if bias is not None:
+            residual += bias
 
     def _split(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         c = self.config
@@ -178,10 +212,3 @@ class GpuForward:
         )  # fmt: skip
         out = self._attention.attend(q, kv_cache, batch, c.head_dim**-0.5, window)
         return out.view(len(qkv), -1)
-
-
-def _add_product(residual: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
-    """residual [T, N] += x [T, K] @ weight.T (+ bias), in one call of cuBLAS."""
-    residual.addmm_(x, weight.t())
-    if bias is not None:
-        residual += bias

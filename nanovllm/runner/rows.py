@@ -63,7 +63,9 @@ class RowState:
         self.seeds[row] = new.seed & (2**64 - 1)
         self.params[row] = new.params
         known = torch.tensor(new.token_ids, dtype=torch.int32)
-        self.tokens[row, : len(new.token_ids)] = known.to(self.tokens.device)
+        if self.tokens.is_cuda:  # from pageable memory the copy would wait for the steps before
+            known = known.pin_memory()
+        self.tokens[row, : len(new.token_ids)].copy_(known, non_blocking=True)
 
     def advance(self, plan: StepPlan) -> None:
         """Counts the plan's tokens as computed, and its samples as existing."""

@@ -408,21 +408,27 @@ class DecodeWorkspace:
 
 MAX_SPLIT_PROGRAMS = 1024
 MAX_SPLITS = 16  # the last program holds all parts in registers
-TARGET_PROGRAMS = 528  # four on each of 132 multiprocessors
+TARGET_PROGRAMS = 512  # about four on each of 132 multiprocessors
 
 
 def num_splits(num_seqs: int, num_kv_heads: int, max_context_len: int) -> int:
     """Parts of each row's keys: more than one only where the grid would not fill the device."""
-    wanted = TARGET_PROGRAMS // max(1, num_seqs * num_kv_heads)
+    wanted = 1
+    while wanted * num_seqs * num_kv_heads < TARGET_PROGRAMS:
+        wanted *= 2  # a power of two: few variants to compile
     useful = -(-max_context_len // MIN_SPLIT.value)
     limit = max(1, min(wanted, useful, MAX_SPLITS, MAX_SPLIT_PROGRAMS // max(1, num_seqs)))
-    return 1 << (limit.bit_length() - 1)  # a power of two: few variants to compile
+    return 1 << (limit.bit_length() - 1)
 
 
-def _decode_tile(dim_pad: int, itemsize: int) -> tuple[int, int, int]:
-    """(keys a tile, warps, stages): measured best at D = 128; other sizes by the cache's bytes."""
-    keys = max(16, min(128 // itemsize, 16384 // (dim_pad * itemsize)))
-    return keys, 4, 5 if itemsize <= 2 else 3
+def _decode_tile(dim_pad: int, itemsize: int, programs: int, splits: int) -> tuple[int, int, int]:
+    """(keys a tile, warps, stages): measured best at D = 128 in 16 bits; others by their bytes."""
+    if dim_pad != 128 or itemsize != 2 or programs <= 128:
+        keys = max(16, min(128 // itemsize, 16384 // (dim_pad * itemsize)))
+        return keys, 4, 5 if itemsize <= 2 else 3
+    if splits >= 16 or (programs <= TARGET_PROGRAMS and splits <= 2):
+        return 64, 2, 6
+    return (64, 2, 4) if splits > 1 else (32, 2, 8)
 
 
 def decode(
@@ -448,7 +454,9 @@ def decode(
     _, _, groups, slots, dim = kv_cache.shape
     ratio = q.shape[1] // groups
     dim_pad = triton.next_power_of_2(dim)
-    keys, warps, stages = tile or _decode_tile(dim_pad, kv_cache.element_size())
+    keys, warps, stages = tile or _decode_tile(
+        dim_pad, kv_cache.element_size(), groups * len(context_lens) * splits, splits
+    )
     assert q.stride(1) == out.stride(1) == dim, "heads of a token must follow one another"
     assert splits == 1 or splits * len(context_lens) <= MAX_SPLIT_PROGRAMS
     f = new or FusedInputs(q, q, None, q, 0.0)

@@ -1,8 +1,10 @@
 """Choosing tokens on the device without sorting the vocabulary.
 
 A row with a temperature takes the maximum of logit / temperature + Gumbel noise, which is a draw
-from the softmax (Gumbel 1954; Maddison et al. 2014). The noise is a hash of (seed, position,
-token), so a row's token does not depend on what else is in the batch. top-k, top-p and min-p
+from the softmax (Gumbel 1954; Maddison et al. 2014); Gumbel noise being -log of an exponential
+draw, that is the least of draw / exp(logit / temperature), at one logarithm a token instead of
+two. The noise is a hash of (seed, position, token), so a row's token does not depend on what else
+is in the batch. top-k, top-p and min-p
 become one threshold per row, found by bisection over the ordered bits of the logits; tokens that
 tie at the threshold all stay.
 
@@ -18,6 +20,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import libdevice
 
 TILE = 4096
 
@@ -33,15 +36,31 @@ def _mix(h):
 
 
 @triton.jit
-def _gumbel(seed, position, token):
-    """Standard Gumbel noise; the large values keep full precision, since these win."""
+def _exponential(seed, position, token, FAST: tl.constexpr):
+    """Draws of the standard exponential; the small ones keep full precision, since these win."""
     low = seed.to(tl.uint32)
     high = (seed >> 32).to(tl.uint32)
     key = _mix(low ^ _mix(high ^ _mix(position.to(tl.uint32) + 0x9E3779B9)))
     bits = _mix((token.to(tl.uint32) * 0x9E3779B1 + key).to(tl.uint32))
     u = (bits.to(tl.float32) + 0.5) * 2.3283064365386963e-10  # in (0, 1]
-    exponential = tl.where(u < 1e-3, u * (1.0 + u * 0.5), -tl.log(tl.maximum(1.0 - u, 1e-10)))
-    return -tl.log(exponential)
+    rest = tl.maximum(1.0 - u, 1e-10)
+    # The device's own logarithm is good to 2**-22 here: enough where the result is not small.
+    large = -libdevice.fast_logf(rest) if FAST else -tl.log(rest)
+    small = u * (1.0 + u * (0.5 + u * (1.0 / 3 + u * 0.25)))  # of -log(1 - u)
+    return tl.where(u < 0.03, small, large)
+
+
+@triton.jit
+def _best_of_tile(x, token, temperature, seed, position, FAST: tl.constexpr):
+    """(largest noisy logit / temperature, its index in the tile); the plain maximum if greedy."""
+    best, index = tl.max(x, 0, return_indices=True)
+    if temperature > 0:
+        scale = 1.0 / temperature
+        top = tl.where(tl.abs(best) == float("inf"), 0.0, best * scale)  # nothing to choose from
+        race = _exponential(seed, position, token, FAST) * tl.exp(top - x * scale)
+        least, index = tl.min(race, 0, return_indices=True)
+        best = top - tl.log(tl.maximum(least, 1e-30))
+    return best, index
 
 
 @triton.jit
@@ -50,6 +69,7 @@ def _choose_kernel(
     best_ptr, index_ptr, counter_ptr, token_ptr, failed_ptr, tokens_ptr, row_ptr,
     logits_stride, tokens_stride, context_limit, V, num_tiles,
     TILE: tl.constexpr, TILES_PAD: tl.constexpr, THRESHOLD: tl.constexpr, SCATTER: tl.constexpr,
+    FAST: tl.constexpr,
 ):  # fmt: skip
     """Grid (L, tiles of V): the best token of a tile; the row's last program takes the best tile.
 
@@ -66,13 +86,11 @@ def _choose_kernel(
         x = tl.where(x >= tl.load(threshold_ptr + line), x, float("-inf"))
     temperature = tl.load(temperature_ptr + line)
     position = tl.load(position_ptr + line)
-    if temperature > 0:
-        x = x / temperature + _gumbel(tl.load(seed_ptr + line), position, token)
-    best = tl.max(x, 0)
-    index = tl.argmax(x, 0) + tile * TILE
+    seed = tl.load(seed_ptr + line)
+    best, index = _best_of_tile(x, token, temperature, seed, position, FAST)
     best = tl.where(broken > 0, float("inf"), best)
     tl.store(best_ptr + line * num_tiles + tile, best)
-    tl.store(index_ptr + line * num_tiles + tile, index)
+    tl.store(index_ptr + line * num_tiles + tile, index + tile * TILE)
     tl.debug_barrier()
     if tl.atomic_add(counter_ptr + line, 1, sem="acq_rel") != num_tiles - 1:
         return
@@ -228,5 +246,6 @@ def choose(
         logits, params.temperature, params.seed, params.position, workspace.threshold,
         workspace.best, workspace.index, workspace.counter, token_ids, failed, tokens, rows,
         logits.stride(0), tokens.stride(0), tokens.shape[-1], vocab, tiles,
-        TILE, triton.next_power_of_2(tiles), restricted, scatter is not None, num_warps=8,
+        TILE, triton.next_power_of_2(tiles), restricted, scatter is not None, logits.is_cuda,
+        num_warps=8,
     )  # fmt: skip
