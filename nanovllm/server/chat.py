@@ -183,8 +183,8 @@ async def _pieces(chat: _Chat) -> AsyncIterator[bytes]:
             piece = b"".join(writer.write(delta) for _, delta in items)
             if piece:
                 yield piece
-        if options.include_usage:
-            yield writer.usage_chunk()
+        if options.include_usage or chat.request.timings:
+            yield writer.last_chunk(bool(options.include_usage))
     except Exception as error:
         raise chat.service.explain(error) from None
 
@@ -238,8 +238,11 @@ class _Writer:
         num_top = self._chat.request.top_logprobs
         return logprobs_record(entries or None, num_top, self._chat.service.tokenizer)
 
-    def usage_chunk(self) -> bytes:
-        chunk = self._base | {"choices": [], "usage": self._usage()}
+    def last_chunk(self, with_usage: bool) -> bytes:
+        """What belongs to no choice, as far as it was asked for."""
+        chunk: dict[str, Any] = self._base | {"choices": []}
+        if with_usage:
+            chunk["usage"] = self._usage()
         if self._chat.request.timings:
             chunk["timings"] = timings(self._chat.stream.outputs)
         return event(chunk)

@@ -199,8 +199,8 @@ async def _pieces(completion: _Completion) -> AsyncIterator[bytes]:
             piece = b"".join(writer.write(job, delta) for job, delta in items)
             if piece:
                 yield piece
-        if options.include_usage:
-            yield writer.usage_chunk()
+        if options.include_usage or completion.request.timings:
+            yield writer.last_chunk(bool(options.include_usage))
     except Exception as error:
         raise completion.service.explain(error) from None
 
@@ -252,8 +252,11 @@ class _Writer:
             chunk["usage"] = self._usage()
         return event(chunk)
 
-    def usage_chunk(self) -> bytes:
-        chunk = self._base | {"choices": [], "usage": self._usage()}
+    def last_chunk(self, with_usage: bool) -> bytes:
+        """What belongs to no choice, as far as it was asked for."""
+        chunk: dict[str, Any] = self._base | {"choices": []}
+        if with_usage:
+            chunk["usage"] = self._usage()
         if self._completion.request.timings:
             chunk["timings"] = timings(self._completion.stream.outputs)
         return event(chunk)

@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import openai
 import torch
 import transformers
@@ -23,6 +24,7 @@ import uvloop
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from nanovllm.config import EngineConfig
+from nanovllm.server import answers
 from nanovllm.server.launch import EngineThread, Run, bind, make_service
 from nanovllm.server.service import ServerConfig, Service
 
@@ -188,6 +190,23 @@ def assert_error(answer: Any, code: str | None = None) -> dict[str, Any]:
     if code is not None:
         assert error["code"] == code
     return error
+
+
+def assert_answer(path: str, content_type: str, raw: bytes) -> list[Any]:
+    """A 200 of one of the completion endpoints has the documented shape, and no key beside it.
+
+    Returns its records: one, or those of the events of a stream.
+    """
+    chat = path.endswith("/chat/completions")
+    if content_type.startswith("text/event-stream"):
+        assert b"\r" not in raw
+        *lines, done, rest = raw.split(b"\n\n")
+        assert (done, rest) == (b"data: [DONE]", b"")
+        assert all(line.startswith(b"data: ") and b"\n" not in line for line in lines)
+        event = answers.ChatCompletionChunk if chat else answers.TextCompletionChunk
+        return [msgspec.json.decode(line[len(b"data: ") :], type=event) for line in lines]
+    whole = answers.ChatCompletion if chat else answers.TextCompletion
+    return [msgspec.json.decode(raw, type=whole)]
 
 
 class Command:

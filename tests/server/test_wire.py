@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import re
 from typing import Any
 
 import openai
 import pytest
 
-from .live_server import Live, assert_error, request
+from nanovllm.server.endpoints import ENDPOINTS
+
+from .live_server import Live, assert_answer, assert_error, request
 
 HELLO = [{"role": "user", "content": "hello fox"}]
 GREEDY: dict[str, Any] = {"temperature": 0, "max_tokens": 12}
@@ -19,11 +22,8 @@ def events(port: int, path: str, body: dict[str, Any]) -> list[Any]:
     status, headers, raw = request(port, "POST", path, body | {"stream": True})
     assert status == 200, raw
     assert headers["content-type"].startswith("text/event-stream")
-    assert b"\r" not in raw
-    assert raw.endswith(b"data: [DONE]\n\n")
-    lines = raw.decode().split("\n\n")[:-2]
-    assert all(line.startswith("data: ") for line in lines)
-    return [json.loads(line[len("data: ") :]) for line in lines]
+    assert_answer(path, headers["content-type"], raw)
+    return [json.loads(line[len("data: ") :]) for line in raw.decode().split("\n\n")[:-2]]
 
 
 def test_chat_stream_has_role_first_reason_last_and_joins_to_the_whole(live: Live) -> None:
@@ -224,6 +224,81 @@ def test_neutral_values_of_unsupported_fields_are_accepted(live: Live) -> None:
     assert request(live.port, "POST", "/v1/chat/completions", body)[0] == 200
 
 
+def test_unknown_fields_are_named_once_in_the_log(
+    live: Live, caplog: pytest.LogCaptureFixture
+) -> None:
+    body = {"messages": HELLO, "max_tokens": 1, "never_seen_before": "secret", "user": "me"}
+    for _ in range(3):
+        assert request(live.port, "POST", "/v1/chat/completions", body)[0] == 200
+    said = [record.getMessage() for record in caplog.records]
+    assert len([line for line in said if "never_seen_before" in line]) == 1
+    assert not any("secret" in line or "user" in line for line in said)
+
+
+def test_everything_works_without_v1(live: Live) -> None:
+    client = openai.OpenAI(base_url=live.url, api_key="none", max_retries=0)
+    assert client.models.retrieve("org/tiny").id == "org/tiny"
+    assert client.models.list().data[0].id == "tiny"
+    chat = client.chat.completions.create(model="tiny", messages=HELLO, max_tokens=2)  # type: ignore[arg-type]
+    assert chat.usage
+    assert client.completions.create(model="tiny", prompt="fox", max_tokens=2).usage
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_streams_join_to_the_whole_answer(live: Live, seed: int) -> None:
+    """Random bytes: characters that no token completes, and some that a later one does."""
+    body = {"messages": HELLO, "max_tokens": 40, "seed": seed, "temperature": 2, "n": 2}
+    for fields in ({}, {"stop": ["e", "\ufffd\ufffd"]}, {"ignore_eos": True}):
+        _, _, whole = request(live.port, "POST", "/v1/chat/completions", body | fields)
+        texts = {0: "", 1: ""}
+        for chunk in events(live.port, "/v1/chat/completions", body | fields):
+            for choice in chunk["choices"]:
+                texts[choice["index"]] += choice["delta"].get("content", "")
+        assert [c["message"]["content"] for c in whole["choices"]] == [texts[0], texts[1]]
+
+
+def test_no_half_characters_are_sent(live: Live) -> None:
+    """The tokens of one emoji, forced one by one: nothing comes before the last of them."""
+    ids = live.service.tokenizer.encode("\U0001f9ff")
+    assert len(ids) > 2
+    body = {"prompt": "fox", "allowed_token_ids": ids, "seed": 0, "temperature": 1}
+    texts = set()
+    for seed in range(40):
+        chunks = events(live.port, "/v1/completions", body | {"max_tokens": 24, "seed": seed})
+        pieces = [chunk["choices"][0]["text"] for chunk in chunks]
+        whole = request(
+            live.port, "POST", "/v1/completions", body | {"max_tokens": 24, "seed": seed}
+        )
+        assert "".join(pieces) == whole[2]["choices"][0]["text"]
+        texts |= set(pieces)
+    assert any("\U0001f9ff" in text for text in texts), "no seed wrote it"
+
+
+def test_reasoning_has_a_field_of_its_own(live: Live) -> None:
+    end = live.service.tokenizer.token_id("</think>")
+    body = {
+        "messages": HELLO,
+        "chat_template_kwargs": {"enable_thinking": True},
+        "max_tokens": 24,
+        "temperature": 1,
+        "logit_bias": {str(end): 5},
+    }
+    both = 0
+    for seed in range(8):
+        _, _, answer = request(live.port, "POST", "/v1/chat/completions", body | {"seed": seed})
+        message = answer["choices"][0]["message"]
+        joined = {"reasoning_content": "", "content": ""}
+        for chunk in events(live.port, "/v1/chat/completions", body | {"seed": seed}):
+            for name, text in chunk["choices"][0]["delta"].items():
+                if name in joined:
+                    joined[name] += text
+        assert message.get("reasoning_content", "") == joined["reasoning_content"]
+        assert (message["content"] or "") == joined["content"]
+        assert "</think>" not in joined["reasoning_content"]
+        both += all(joined.values())
+    assert both, "no seed gave reasoning and an answer"
+
+
 def test_models(live: Live) -> None:
     cards = live.client().models.list().data
     assert [card.id for card in cards] == ["tiny", "org/tiny"]
@@ -235,11 +310,12 @@ def test_models(live: Live) -> None:
     assert caught.value.code == "model_not_found"
 
 
-@pytest.mark.parametrize("path", ["/models", "/v1/models", "/health", "/ready", "/load"])
+@pytest.mark.parametrize("path", [one.path for one in ENDPOINTS if one.method == "GET"])
 def test_head_works_on_get_routes(live: Live, path: str) -> None:
-    for route in (path, "/version", "/metrics"):
-        status, _, body = request(live.port, "HEAD", route)
-        assert (status, body) == (200, b"")
+    path = path.replace("{name:path}", "org/tiny")
+    status, headers, body = request(live.port, "HEAD", path)
+    assert (status, body) == (200, b"")
+    assert headers["content-type"] == request(live.port, "GET", path)[1]["content-type"]
 
 
 def test_tokenize_and_back(live: Live) -> None:
@@ -285,15 +361,85 @@ def test_content_parts_and_roles(live: Live) -> None:
     assert '<tool_call>{"x": 1}</tool_call>' in shown
 
 
-def test_request_ids_and_timings(live: Live) -> None:
-    body = {"messages": HELLO, "max_tokens": 3, "timings": True}
+def test_request_ids(live: Live) -> None:
+    body = {"messages": HELLO, "max_tokens": 3}
     sent = {"x-request-id": "my-id-1"}
-    _, headers, answer = request(live.port, "POST", "/v1/chat/completions", body, sent)
+    for path in ("/v1/chat/completions", "/v1/completions", "/none"):
+        _, headers, _ = request(live.port, "POST", path, body, sent)
+        assert headers["x-request-id"] == "my-id-1"
+    _, headers, _ = request(
+        live.port, "POST", "/v1/chat/completions", body | {"stream": True}, sent
+    )
     assert headers["x-request-id"] == "my-id-1"
-    assert answer["timings"]["predicted_n"] == answer["usage"]["completion_tokens"]
-    assert answer["timings"]["predicted_ms"] > 0
-    _, headers, _ = request(live.port, "GET", "/none", headers={"x-request-id": "a b"})
-    assert headers["x-request-id"] not in ("", "a b")
+    for bad in ("a b", "x" * 200):
+        _, headers, _ = request(live.port, "GET", "/none", headers={"x-request-id": bad})
+        assert headers["x-request-id"] not in ("", bad)
+
+
+TIMINGS = {
+    "prompt_n",
+    "prompt_ms",
+    "predicted_n",
+    "predicted_ms",
+    "predicted_per_second",
+    "cache_n",
+}
+
+
+@pytest.mark.parametrize(
+    ("path", "prompt"),
+    [("/v1/chat/completions", {"messages": HELLO}), ("/v1/completions", {"prompt": "fox"})],
+)
+def test_timings_come_when_asked_for(live: Live, path: str, prompt: dict[str, Any]) -> None:
+    body = prompt | {"max_tokens": 3, "ignore_eos": True}
+    assert "timings" not in request(live.port, "POST", path, body)[2]
+    body["timings"] = True
+    answer = request(live.port, "POST", path, body)[2]
+    last = events(live.port, path, body | {"stream_options": {"include_usage": True}})[-1]
+    for found in (answer, last):
+        timings, used = found["timings"], found["usage"]
+        assert set(timings) == TIMINGS
+        assert timings["predicted_n"] == used["completion_tokens"] == 3
+        assert timings["prompt_n"] + timings["cache_n"] == used["prompt_tokens"]
+        assert timings["predicted_ms"] > 0
+        assert timings["predicted_per_second"] > 0
+    *chunks, last = events(live.port, path, body)
+    assert set(last["timings"]) == TIMINGS
+    assert (last["choices"], "usage" in last) == ([], False)
+    assert not any("timings" in chunk for chunk in chunks)
+
+
+METRICS = {
+    "gauge": "num_requests_running num_requests_waiting kv_cache_usage_perc engine_up",
+    "counter": "prompt_tokens_total generation_tokens_total prompt_tokens_cached_total "
+    "prefix_cache_queries_total prefix_cache_hits_total num_preemptions_total "
+    "request_success_total admission_rejections_total",
+    "histogram": "time_to_first_token_seconds inter_token_latency_seconds "
+    "e2e_request_latency_seconds request_queue_time_seconds request_prefill_time_seconds "
+    "request_decode_time_seconds request_prompt_tokens request_generation_tokens "
+    "iteration_tokens_total",
+}
+
+
+@pytest.mark.parametrize("prefix", ["nanovllm", "vllm"])
+def test_metrics_have_the_names_and_types_that_dashboards_know(start: Any, prefix: str) -> None:
+    live = start({"metrics_prefix": prefix})
+    _, headers, text = request(live.port, "GET", "/metrics")
+    assert headers["content-type"].startswith("text/plain; version=0.0.4")
+    types = dict(re.findall(r"^# TYPE (\S+) (\w+)$", text.decode(), re.MULTILINE))
+    for kind, names in METRICS.items():
+        for name in names.split():
+            assert types[f"{prefix}:{name}"] == kind
+
+
+def test_refusals_are_counted(start: Any) -> None:
+    live = start({"api_keys": ("secret",)})
+    assert request(live.port, "GET", "/load")[0] == 401
+    headers = {"Authorization": "Bearer secret"}
+    text = request(live.port, "GET", "/metrics", headers=headers)[2].decode()
+    (line,) = [x for x in text.splitlines() if x.startswith("nanovllm:admission_rejections_total")]
+    assert 'reason="unauthorized"' in line
+    assert line.endswith(" 1.0")
 
 
 def test_metrics_count_what_happened(start: Any) -> None:
