@@ -43,8 +43,11 @@ def rate(
             [(31 * i + 7 * j + 1009 * repeat) % 9000 for j in range(PROMPT)] for i in range(rows)
         ]
         begin = time.perf_counter()
-        llm.generate(prompts, params, use_tqdm=False)
+        outputs = llm.generate(prompts, params, use_tqdm=False)
         seconds.append(time.perf_counter() - begin)
+        failed = [o.outputs[0].error for o in outputs if o.finish_reason == "error"]
+        if failed:
+            raise SystemExit(failed[0])
     return rows * tokens / statistics.median(seconds[1:])
 
 

@@ -30,7 +30,7 @@ class InvariantForward(GpuForward):
         c = self.config
         self._chunk = fixed_attention.chunk_of(max_context_len)
         self._num_chunks = -(-max_context_len // self._chunk)
-        self._workspace = fixed_attention.FixedWorkspace(
+        self._fixed_workspace = fixed_attention.FixedWorkspace(
             c.num_heads, c.num_kv_heads, c.head_dim, self._cos_sin.device
         )
 
@@ -83,7 +83,7 @@ class InvariantForward(GpuForward):
         out = torch.empty((len(q), c.num_heads, c.head_dim), dtype=q.dtype, device=q.device)
         fixed_attention.attend(
             q, kv_cache, batch.cu_q_lens, batch.context_lens, batch.block_tables,
-            c.head_dim**-0.5, window, self._workspace, out, single=batch.max_q_len == 1,
+            c.head_dim**-0.5, window, self._fixed_workspace, out, single=batch.max_q_len == 1,
             chunk=self._chunk, num_chunks=self._num_chunks,
         )  # fmt: skip
         return out.view(len(q), -1)

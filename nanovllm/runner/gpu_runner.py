@@ -9,7 +9,7 @@ Shape legend: T tokens, S rows of the step, L rows that sample, V vocabulary.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -18,54 +18,20 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from nanovllm.attention.base import AttentionBatch
-from nanovllm.engine.plan import NewRow, RowResult, StepPlan, StepResult, TokenLogprobs
+from nanovllm.engine.plan import RowResult, StepPlan, StepResult, TokenLogprobs
 from nanovllm.kernels.gpu import sampling
 from nanovllm.kernels.gpu.prepare import gather_tokens, prepare
 from nanovllm.runner.cuda_graph import TOKEN_BUCKETS, GraphCache, bucket_of, token_bucket_of
 from nanovllm.runner.gpu_forward import GpuForward
 from nanovllm.runner.gpu_invariant import InvariantForward
+from nanovllm.runner.gpu_special import Extras, RowSampling, SpecialLines, SpecialRows, TokenTails
 from nanovllm.runner.gpu_staging import Download, Downloader, Uploader
 from nanovllm.runner.model_runner import ModelRunner
-from nanovllm.runner.sampler import MIN_TEMPERATURE, token_logprobs
-from nanovllm.sampling_params import SamplingParams
+from nanovllm.runner.sampler import NOT_FINITE
+from nanovllm.runner.step_memory import Pending
 
 HEADER = 2  # words before the rows of a single-token step: columns of its tables, and padding
 WORDS_PER_ROW = 8  # row, context, temperature, top-k, top-p, min-p, seed (2)
-
-
-def is_special(p: SamplingParams) -> bool:
-    """Whether the host must touch the row's logits, or report more than its tokens."""
-    return bool(
-        p.logit_bias
-        or p.allowed_token_ids is not None
-        or p.bad_words
-        or p.min_tokens
-        or p.repetition_penalty != 1.0
-        or p.presence_penalty
-        or p.frequency_penalty
-        or p.logprobs is not None
-        or p.prompt_logprobs is not None
-    )
-
-
-class RowSampling:
-    """Host arrays [R] of what sampling needs of each row."""
-
-    def __init__(self, num_rows: int) -> None:
-        self.floats = np.zeros((3, num_rows), np.float32)  # temperature, top-p, min-p
-        self.top_k = np.zeros(num_rows, np.int32)
-        self.seed = np.zeros(num_rows, np.int64)
-        self.restricted = np.zeros(num_rows, bool)
-        self.special = np.zeros(num_rows, bool)
-
-    def start(self, new: NewRow) -> None:
-        row, p = new.row, new.params
-        temperature = 0.0 if p.greedy else max(p.temperature, MIN_TEMPERATURE)
-        self.floats[:, row] = temperature, p.top_p, p.min_p
-        self.top_k[row] = max(0, p.top_k)
-        self.seed[row] = np.uint64(new.seed & (2**64 - 1)).astype(np.int64)
-        self.restricted[row] = p.restricted
-        self.special[row] = is_special(p)
 
 
 @dataclass(slots=True)
@@ -97,31 +63,44 @@ class GpuPending:
     plan: StepPlan
     download: Download | None
     num_lines: int  # tokens come first, then as many failure flags
-    logprobs: dict[int, TokenLogprobs]
-    prompt_logprobs: dict[int, tuple[int, tuple[TokenLogprobs, ...]]]
+    lines: list[int]  # where each row of the plan finds its token, -1 if it samples none
+    extras: Extras = field(default_factory=Extras)
+    prompt_logprobs: dict[int, tuple[int, tuple[TokenLogprobs, ...]]] = field(default_factory=dict)
 
     def wait(self) -> StepResult:
         words = self.download.take() if self.download else []
-        results, line = [], 0
-        for step in self.plan.rows:
-            start, prompt = self.prompt_logprobs.get(step.row, (0, ()))
-            if not step.sample:
-                results.append(RowResult(step.row, prompt_logprobs=prompt, prompt_start=start))
-                continue
-            failed = words[self.num_lines + line]
-            found = self.logprobs.get(line)
-            results.append(
-                RowResult(
-                    step.row,
-                    () if failed else (words[line],),
-                    () if found is None else (found,),
-                    prompt,
-                    start,
-                    "the model's logits are not finite numbers" if failed else None,
-                )
-            )
-            line += 1
+        flags = words[self.num_lines :]
+        if self.prompt_logprobs or self.extras.any or any(flags):
+            logprobs = self.extras.logprobs.take() if self.extras.logprobs else {}
+            results = [
+                self._row(step.row, line, words, logprobs.get(line))
+                for step, line in zip(self.plan.rows, self.lines, strict=True)
+            ]
+        else:
+            results = [
+                RowResult(step.row, () if line < 0 else (words[line],))
+                for step, line in zip(self.plan.rows, self.lines, strict=True)
+            ]
         return StepResult(self.plan.step_id, tuple(results))
+
+    def _row(self, row: int, line: int, words: list[int], found: TokenLogprobs | None) -> RowResult:
+        start, prompt = self.prompt_logprobs.get(row, (0, ()))
+        if line < 0:
+            return RowResult(row, prompt_logprobs=prompt, prompt_start=start)
+        error = NOT_FINITE if words[self.num_lines + line] else self.extras.errors.get(line)
+        return RowResult(
+            row,
+            () if error else (words[line],),
+            () if found is None else (found,),
+            prompt,
+            start,
+            error,
+        )
+
+
+def _lines(samples: NDArray[np.bool_]) -> list[int]:
+    """The lines of rows that sample, in order; -1 for the others."""
+    return np.where(samples, samples.cumsum() - 1, -1).tolist()
 
 
 class GpuModelRunner(ModelRunner):
@@ -149,6 +128,10 @@ class GpuModelRunner(ModelRunner):
         num_rows, columns = self.rows.block_tables.shape
         size = bucket_of(num_rows)
         self._sampling = RowSampling(num_rows)
+        self._special = SpecialRows(
+            self.rows, self._sampling, options.get("stop_ids", ()), options["bad_words"]
+        )
+        self._kept: Tensor | None = None  # a step's logits, once some row needs them afterwards
         words = 5 * max(max_tokens, TOKEN_BUCKETS[-1]) + size * (WORDS_PER_ROW + columns)
         self._uploader = Uploader(words + 16 * size + 64, self.device)
         self._downloader = Downloader(2 * size)
@@ -161,21 +144,26 @@ class GpuModelRunner(ModelRunner):
         self._no_slots = torch.zeros(0, dtype=torch.int64, device=self.device)
 
     @torch.inference_mode()
-    def execute(self, plan: StepPlan) -> GpuPending:  # type: ignore[override]
+    def execute(self, plan: StepPlan) -> Pending:
         """Runs one plan; plans must come in the order in which the scheduler made them."""
         with torch.cuda.device(self.device):
             self.rows.apply(plan)
+            self._constraints.apply(plan)
             for new in plan.new_rows:
                 self._sampling.start(new)
+                self._special.start(new)
             try:
                 self._copy_blocks(plan)
-                ids = np.array([step.row for step in plan.rows], np.int64)
-                single = all(step.num_tokens == 1 and step.sample for step in plan.rows)
-                if single and len(ids) and not self._sampling.special[ids].any():
-                    return self._single_tokens(plan, ids)
-                return self._any_tokens(plan, ids)
+                return self._memory.run(plan, self._compute)
             finally:
                 self.rows.advance(plan)
+
+    def _compute(self, plan: StepPlan) -> GpuPending:
+        ids = np.array([step.row for step in plan.rows], np.int64)
+        single = all(step.num_tokens == 1 and step.sample for step in plan.rows)
+        if single and len(ids):
+            return self._single_tokens(plan, ids)
+        return self._any_tokens(plan, ids)
 
     def _copy_blocks(self, plan: StepPlan) -> None:
         if plan.block_copies:
@@ -189,18 +177,26 @@ class GpuModelRunner(ModelRunner):
 
     def _single_tokens(self, plan: StepPlan, ids: NDArray[np.int64]) -> GpuPending:
         size = bucket_of(len(ids))
+        # The longest rows first: what the device starts last is then short, and all its parts
+        # end at about the same time.
+        order = np.argsort(-self.rows.num_computed[ids], kind="stable")
+        lines = np.empty_like(order)
+        lines[order] = np.arange(len(order))
+        ids = ids[order]
         self._upload_single(ids, size)
-        restricted = bool(self._sampling.restricted[ids].any())
+        special = self._special_lines(ids)
+        kept = self._keep_logits() if special.any else None
 
         def step() -> None:
-            self._single_step(size, restricted)
+            self._single_step(size, special.restricted, kept)
 
         if self._graphs is None:
             step()
         else:
-            self._graphs.run((size, restricted), step)
+            self._graphs.run((size, special.restricted, special.any), step)
+        extras = self._choose_special(kept, special, size)
         download = self._downloader.send(self._choice[: 2 * size])
-        return GpuPending(plan, download, size, {}, {})
+        return GpuPending(plan, download, size, lines.tolist(), extras)
 
     def _upload_single(self, ids: NDArray[np.int64], size: int) -> None:
         s, n = self._sampling, len(ids)
@@ -221,7 +217,7 @@ class GpuModelRunner(ModelRunner):
         words[begin:end].reshape(n, columns)[:] = self.rows.block_tables[ids, :columns]
         self._uploader.send(end)
 
-    def _single_step(self, size: int, restricted: bool) -> None:
+    def _single_step(self, size: int, restricted: bool, kept: Tensor | None) -> None:
         """Everything of a step that a graph can hold; reads the uploaded words."""
         words = self._uploader.device_words
         lines = words[HEADER : HEADER + WORDS_PER_ROW * size].view(WORDS_PER_ROW, size)
@@ -246,8 +242,11 @@ class GpuModelRunner(ModelRunner):
             top_p=floats[4],
             min_p=floats[5],
         )
+        logits = self._forward.logits(residual)
+        if kept is not None:
+            kept[:size].copy_(logits)
         sampling.choose(
-            self._forward.logits(residual), params, self._workspace, self._choice[:size],
+            logits, params, self._workspace, self._choice[:size],
             self._choice[size : 2 * size], restricted=restricted,
             scatter=(self.rows.tokens, rows),
         )  # fmt: skip
@@ -257,21 +256,24 @@ class GpuModelRunner(ModelRunner):
     def _any_tokens(self, plan: StepPlan, ids: NDArray[np.int64]) -> GpuPending:
         q_lens = np.array([step.num_tokens for step in plan.rows], np.int64)
         samples = np.array([step.sample for step in plan.rows], bool)
-        special = bool(self._sampling.special[ids].any())
+        prompts = self._wants_prompt_logprobs(ids)
         bucket = token_bucket_of(int(q_lens.sum()), len(ids))
-        if self._graphs is not None and bucket is not None and not special:
+        if self._graphs is not None and bucket is not None and not prompts:
             return self._captured_tokens(plan, ids, q_lens, samples, *bucket)
+        special = self._special_lines(ids[samples])
         inputs = self._upload_any(ids, q_lens, samples, int(q_lens.sum()), len(ids))
         residual = self._forward.hidden(self._gather(inputs), inputs.batch, self.kv_cache)
         prompt = {}
-        if special:
+        if prompts:
             prompt = dict(self._prompt_logprobs(plan, self._forward.final_norm(residual)))
         if not samples.any():
-            return GpuPending(plan, None, 0, {}, prompt)
+            return GpuPending(plan, None, 0, _lines(samples), Extras(), prompt)
         n = int(samples.sum())
         logits = self._forward.logits(residual[inputs.last[:n]])
-        logprobs = self._choose(logits, inputs, ids[samples])
-        return GpuPending(plan, self._downloader.send(self._choice[: 2 * n]), n, logprobs, prompt)
+        self._choose_plain(logits, inputs, n, special.restricted)
+        extras = self._choose_special(logits, special, n)
+        download = self._downloader.send(self._choice[: 2 * n])
+        return GpuPending(plan, download, n, _lines(samples), extras, prompt)
 
     def _captured_tokens(
         self,
@@ -291,7 +293,8 @@ class GpuModelRunner(ModelRunner):
         batch.max_context_len = self.rows.tokens.shape[1]
         packed, batch.block_tables = batch.block_tables.view(-1), self._tables[:num_rows]
         sampled = bool(samples.any())
-        restricted = bool(self._sampling.restricted[ids[samples]].any())
+        special = self._special_lines(ids[samples])
+        kept = self._keep_logits() if special.any else None
 
         def step() -> None:
             prepare(
@@ -301,13 +304,17 @@ class GpuModelRunner(ModelRunner):
             residual = self._forward.hidden(self._gather(inputs), batch, self.kv_cache)
             if sampled:
                 logits = self._forward.logits(residual[inputs.last])
-                self._choose_plain(logits, inputs, num_rows, restricted)
+                if kept is not None:
+                    kept[:num_rows].copy_(logits)
+                self._choose_plain(logits, inputs, num_rows, special.restricted)
 
-        self._graphs.run((num_tokens, num_rows, sampled, restricted), step)
+        key = (num_tokens, num_rows, sampled, special.restricted, special.any)
+        self._graphs.run(key, step)
         if not sampled:
-            return GpuPending(plan, None, 0, {}, {})
+            return GpuPending(plan, None, 0, _lines(samples))
+        extras = self._choose_special(kept, special, num_rows)
         download = self._downloader.send(self._choice[: 2 * num_rows])
-        return GpuPending(plan, download, num_rows, {}, {})
+        return GpuPending(plan, download, num_rows, _lines(samples), extras)
 
     def _gather(self, inputs: _Inputs) -> Tensor:
         token_ids = torch.empty_like(inputs.batch.positions)
@@ -370,28 +377,38 @@ class GpuModelRunner(ModelRunner):
             restricted=restricted, scatter=(self.rows.tokens, inputs.lines),
         )  # fmt: skip
 
-    def _choose(
-        self, logits: Tensor, inputs: _Inputs, rows: NDArray[np.int64]
-    ) -> dict[int, TokenLogprobs]:
-        """Chooses for every line; returns the log-probabilities that were asked for."""
-        s, n = self._sampling, len(rows)
-        wanted: list[int] = []
-        raw = logits
-        if s.special[rows].any():
-            logits = logits.float()
-            held = [self._params(int(row)) for row in rows]
-            wanted = [i for i, p in enumerate(held) if p.logprobs is not None]
-            raw = logits[wanted].clone()
-            for i, (row, p) in enumerate(zip(rows, held, strict=True)):
-                self._sampler.adjust(logits[i], int(row), p)
-        self._choose_plain(logits, inputs, n, bool(s.restricted[rows].any()))
-        if not wanted:
-            return {}
-        counts = [self._params(int(rows[i])).logprobs or 0 for i in wanted]
-        found = token_logprobs(raw, self._choice[:n][wanted], counts)
-        return dict(zip(wanted, found, strict=True))
+    # --- rows that want more than a choice --------------------------------------------------------
 
-    def _params(self, row: int) -> SamplingParams:
-        params = self.rows.params[row]
-        assert params is not None, f"row {row} samples but holds no sequence"
-        return params
+    def _wants_prompt_logprobs(self, ids: NDArray[np.int64]) -> bool:
+        """Whether a row that still computes its prompt reports on it."""
+        in_prompt = ids[self.rows.num_computed[ids] < self.rows.num_prompt[ids]]
+        params = (self.rows.params[row] for row in in_prompt.tolist())
+        return any(p is not None and p.prompt_logprobs is not None for p in params)
+
+    def _special_lines(self, ids: NDArray[np.int64]) -> SpecialLines:
+        """Of the rows [L] that sample, in the order of their lines; call before the step runs."""
+        s = self._sampling
+        changed = s.special(ids, self.rows.num_tokens[ids])
+        wanted = s.num_logprobs[ids] >= 0
+        restricted = bool((s.restricted[ids] & ~changed).any())
+        structured, masks = ids[s.structured[ids]], None
+        if len(structured):
+            read = TokenTails(self.rows, structured).read
+            masks = self._constraints.begin(ids[changed], self.rows.num_tokens, read)
+        return SpecialLines(ids, changed.nonzero()[0], wanted.nonzero()[0], restricted, masks)
+
+    def _keep_logits(self) -> Tensor:
+        """Where a captured step leaves its logits [rows, V]; the same memory for all graphs."""
+        if self._kept is None:
+            shape = (len(self._token_ids), self.model.config.vocab_size)
+            self._kept = torch.empty(shape, dtype=self._forward.dtype, device=self.device)
+        return self._kept
+
+    def _choose_special(self, logits: Tensor | None, special: SpecialLines, size: int) -> Extras:
+        """After the plain choice, which it replaces for some lines."""
+        if logits is None or not special.any:
+            return Extras()
+        choice = self._choice[: 2 * size].view(2, size)
+        errors = self._special.choose(logits, special, choice) if len(special.changed) else {}
+        wanted = len(special.wanted) > 0
+        return Extras(self._special.logprobs(logits, special, choice) if wanted else None, errors)

@@ -21,6 +21,7 @@ RING = 4  # steps in flight, and one to spare
 class _Slot:
     host: Tensor
     event: torch.cuda.Event
+    in_use: bool = False
 
 
 class Uploader:
@@ -52,48 +53,82 @@ class Uploader:
 
         The views are overwritten by the next upload, in stream order.
         """
-        words = self.begin()
-        spans, end = [], 0
-        for array in arrays:
-            flat = np.ascontiguousarray(array).reshape(-1).view(np.int32)
-            words[end : end + len(flat)] = flat
-            spans.append((end, end + len(flat)))
-            end += len(flat) + len(flat) % 2  # 8-byte elements stay aligned
-        self.send(end)
-        views = (self.device_words[begin:stop] for begin, stop in spans)
-        return [
-            view.view(torch.from_numpy(array[:0].reshape(-1)).dtype).view(array.shape)
-            for view, array in zip(views, arrays, strict=True)
-        ]
+        spans = _spans(arrays)
+        _pack(arrays, spans, self.begin())
+        self.send(spans[-1][1])
+        return _views(arrays, spans, self.device_words)
+
+
+def upload(arrays: Sequence[NDArray[np.generic]], device: torch.device) -> list[Tensor]:
+    """As `Uploader.send_arrays`, to memory of its own and of any size; does not wait."""
+    spans = _spans(arrays)
+    pinned = device.type == "cuda"
+    host = torch.empty(spans[-1][1], dtype=torch.int32, pin_memory=pinned)
+    _pack(arrays, spans, host.numpy())
+    return _views(arrays, spans, host.to(device, non_blocking=True))
+
+
+def _spans(arrays: Sequence[NDArray[np.generic]]) -> list[tuple[int, int]]:
+    """Where each array's words begin and end; 8-byte elements are aligned."""
+    spans, end = [], 0
+    for array in arrays:
+        begin = end + end % 2
+        end = begin + array.nbytes // 4
+        spans.append((begin, end))
+    return spans
+
+
+def _pack(
+    arrays: Sequence[NDArray[np.generic]], spans: list[tuple[int, int]], words: NDArray[np.int32]
+) -> None:
+    for array, (begin, end) in zip(arrays, spans, strict=True):
+        words[begin:end] = np.ascontiguousarray(array).reshape(-1).view(np.int32)
+
+
+def _views(
+    arrays: Sequence[NDArray[np.generic]], spans: list[tuple[int, int]], words: Tensor
+) -> list[Tensor]:
+    return [
+        words[begin:end].view(torch.from_numpy(array[:0].reshape(-1)).dtype).view(array.shape)
+        for array, (begin, end) in zip(arrays, spans, strict=True)
+    ]
 
 
 class Downloader:
     """Copies int64 results back; `take` waits for exactly that copy."""
 
     def __init__(self, num_words: int) -> None:
-        self._ring = [
-            _Slot(torch.empty(num_words, dtype=torch.int64, pin_memory=True), torch.cuda.Event())
-            for _ in range(RING)
-        ]
+        self._num_words = num_words
+        self._ring = [self._new() for _ in range(RING)]
         self._next = 0
+
+    def _new(self) -> _Slot:
+        host = torch.empty(self._num_words, dtype=torch.int64, pin_memory=True)
+        return _Slot(host, torch.cuda.Event())
 
     def send(self, source: Tensor) -> Download:
         """Starts the copy of a contiguous int64 tensor."""
         slot = self._ring[self._next]
+        if slot.in_use:  # not taken yet: that copy keeps its memory
+            slot = self._ring[self._next] = self._new()
         self._next = (self._next + 1) % RING
-        target = slot.host[: source.numel()]
-        target.copy_(source.view(-1), non_blocking=True)
+        slot.in_use = True
+        slot.host[: source.numel()].copy_(source.view(-1), non_blocking=True)
         slot.event.record()
-        return Download(target, slot.event)
+        return Download(slot, source.numel())
 
 
 @dataclass(slots=True)
 class Download:
-    """A copy under way; must be taken before RING more are sent."""
+    """A copy under way. `take` may be called again, after an interrupt."""
 
-    host: Tensor
-    event: torch.cuda.Event
+    slot: _Slot
+    num_words: int
+    words: list[int] | None = None
 
     def take(self) -> list[int]:
-        self.event.synchronize()
-        return self.host.tolist()
+        if self.words is None:
+            self.slot.event.synchronize()
+            self.words = self.slot.host[: self.num_words].tolist()
+            self.slot.in_use = False
+        return self.words

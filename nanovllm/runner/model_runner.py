@@ -20,6 +20,7 @@ from nanovllm.runner.batch import Batch, build_batch
 from nanovllm.runner.constraints import ConstraintFactory, Masks, RowConstraints
 from nanovllm.runner.rows import RowState
 from nanovllm.runner.sampler import BadWords, Sampled, Sampler, token_logprobs
+from nanovllm.runner.step_memory import Pending, StepMemory
 
 # Logits of a long prompt are made in pieces, so that they never dominate memory.
 PROMPT_LOGPROB_ROWS = 128
@@ -87,27 +88,29 @@ class ModelRunner:
             device=device,
         )
         self.rows = RowState(max_num_seqs, max_model_len, block_size, device)
+        self._memory = StepMemory(self.rows)
         self._sampler = Sampler(self.rows, stop_ids, bad_words or BadWords())
         self._constraints = RowConstraints(constraints, c.vocab_size)
 
     @torch.inference_mode()
-    def execute(self, plan: StepPlan) -> PendingResult:
+    def execute(self, plan: StepPlan) -> Pending:
         """Runs one plan; plans must come in the order in which the scheduler made them."""
         with self._step_scope():
-            return self._execute(plan)
+            self.rows.apply(plan)
+            self._constraints.apply(plan)
+            try:
+                self._copy_blocks(plan)
+                return self._memory.run(plan, self._compute)
+            finally:
+                self.rows.advance(plan)
 
-    def _execute(self, plan: StepPlan) -> PendingResult:
-        self.rows.apply(plan)
-        self._constraints.apply(plan)
+    def _compute(self, plan: StepPlan) -> Pending:
+        """The plan's rows; a step that ran out of memory computes them in several such plans."""
         batch = build_batch(plan, self.rows, self.device)
         masks = self._constraints.begin(batch.sample_rows, self.rows.num_tokens, self._tokens_of)
-        try:
-            self._copy_blocks(plan)
-            hidden = self.model.forward(batch.token_ids, batch.attention, self.kv_cache)
-            prompt_logprobs = dict(self._prompt_logprobs(plan, hidden))
-            sampled = self._sample(batch, hidden, masks)
-        finally:
-            self.rows.advance(plan)
+        hidden = self.model.forward(batch.token_ids, batch.attention, self.kv_cache)
+        prompt_logprobs = dict(self._prompt_logprobs(plan, hidden))
+        sampled = self._sample(batch, hidden, masks)
         return PendingResult(plan, sampled, prompt_logprobs)
 
     def _copy_blocks(self, plan: StepPlan) -> None:

@@ -20,7 +20,9 @@ OPTIONS = {"dtype": "float32", "skip_tokenizer_init": True, "num_kv_blocks": 64}
 
 def tokens(model, params, prompts=PROMPTS, **options):
     with LLM(str(model), **(OPTIONS | options)) as llm:
-        return [output.token_ids for output in llm.generate(prompts, params, use_tqdm=False)]
+        outputs = llm.generate(prompts, params, use_tqdm=False)
+    assert [output.outputs[0].error for output in outputs] == [None] * len(prompts)
+    return [output.token_ids for output in outputs]
 
 
 @pytest.fixture(scope="module")
@@ -58,6 +60,30 @@ def test_seeded_rows_do_not_depend_on_the_batch_or_on_graphs(changed, directory)
     mixed = [params if i == 2 else plain for i in range(len(PROMPTS))]
     assert tokens(model, mixed, device="cuda")[2] == alone
     assert tokens(model, mixed, device="cuda", enforce_eager=True)[2] == alone
+
+
+SPECIAL = [
+    {"repetition_penalty": 1.3, "frequency_penalty": 0.4},
+    {"logit_bias": {9: 3.0, 17: -4.0}, "min_tokens": 12, "stop_token_ids": [9, 17]},
+    {"allowed_token_ids": list(range(20, 60)), "logprobs": 2},
+    {},
+    {"presence_penalty": 1.5, "logprobs": 0},
+    {"prompt_logprobs": 1, "repetition_penalty": 0.8},
+]
+
+
+@pytest.mark.parametrize("eager", [False, True])
+@pytest.mark.parametrize("rows", [1, 6, 30])
+def test_rows_with_wishes_of_their_own_are_those_of_the_cpu(rows, eager, directory):
+    model = make_model(directory / "wishes", "qwen3")
+    prompts = [PROMPTS[i % 6] for i in range(rows)]
+    wishes = [SPECIAL[(i + i // 6) % 6] for i in range(rows)]
+    params = [
+        SamplingParams(temperature=0.0, max_tokens=20, ignore_eos=True, **wish) for wish in wishes
+    ]
+    want = tokens(model, params, prompts, device="cpu", block_size=32, num_kv_blocks=400)
+    options = {"device": "cuda", "enforce_eager": eager, "num_kv_blocks": 400}
+    assert tokens(model, params, prompts, **options) == want
 
 
 def test_logprobs_are_those_of_the_cpu(directory):
