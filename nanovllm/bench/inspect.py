@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from nanovllm.bench.machine import machine
-from nanovllm.build import DEFAULT_BLOCK_SIZE, choose_device, choose_platform
 from nanovllm.config import EngineConfig
 from nanovllm.model_files import find_model
 from nanovllm.models import registry
+from nanovllm.platforms import choose_platform
 from nanovllm.runner.memory import available_host_memory, free_memory
 
 
@@ -33,8 +33,7 @@ def inspect(config: EngineConfig) -> Inspection:
     """Raises ConfigError or ModelLoadError as building the engine would."""
     files = find_model(config.model)
     decoder = registry.read_config(files.config)
-    block_size = config.block_size or DEFAULT_BLOCK_SIZE[choose_device(config.device).type]
-    platform = choose_platform(config, decoder, block_size, files.config)
+    platform = choose_platform(config, decoder, files.config)
     share = config.gpu_memory_utilization
     return Inspection(
         machine=machine(),

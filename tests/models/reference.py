@@ -12,10 +12,10 @@ import torch
 import transformers
 from torch import Tensor
 
-from nanovllm import LLM, SamplingParams, build
-from nanovllm.build import Choice
+from nanovllm import LLM, SamplingParams, platforms
 from nanovllm.engine.plan import NewRow, RowStep, StepPlan
 from nanovllm.layers.ops import TorchOps
+from nanovllm.platforms import Choice
 from nanovllm.runner.batch import build_batch
 from nanovllm.runner.model_runner import ModelRunner
 
@@ -25,7 +25,7 @@ BACKENDS = ("default", "torch")
 
 def use_torch_ops(patch: pytest.MonkeyPatch) -> None:
     """Makes engines that are built from now on use the reference operators."""
-    patch.setattr(build, "choose_ops", lambda device: (TorchOps(), Choice("torch")))
+    patch.setattr(platforms, "choose_ops", lambda device: (TorchOps(), Choice("torch")))
 
 
 def open_model(directory: Path, backend: str = "default", **options: Any) -> LLM:
