@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from tiny_models import FAMILIES, make_model
+from tiny_models import FAMILIES, make_model, make_text_model
 
 from nanovllm import LLM, SamplingParams
 
@@ -84,6 +84,31 @@ def test_rows_with_wishes_of_their_own_are_those_of_the_cpu(rows, eager, directo
     want = tokens(model, params, prompts, device="cpu", block_size=32, num_kv_blocks=400)
     options = {"device": "cuda", "enforce_eager": eager, "num_kv_blocks": 400}
     assert tokens(model, params, prompts, **options) == want
+
+
+def test_structured_rows_are_those_of_the_cpu(directory):
+    """Beside rows without a form, with penalties of their own, eagerly and captured."""
+    pytest.importorskip("llguidance")
+    model = make_text_model(directory / "structured")
+    schema = {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}
+    wishes = [
+        {"structured_output": {"choice": ["left", "right"]}},
+        {},
+        {"structured_output": {"json": schema}, "logprobs": 1},
+        {"structured_output": {"regex": "[a-c]{3,9}"}, "repetition_penalty": 1.2},
+        {"frequency_penalty": 0.5},
+    ] * 3
+    params = [SamplingParams(temperature=0.0, max_tokens=16, **wish) for wish in wishes]
+    prompts = [f"Question {i}:" for i in range(len(params))]
+    found = []
+    for options in ({"device": "cpu", "block_size": 32}, {}, {"enforce_eager": True}):
+        changed = {"device": "cuda", "skip_tokenizer_init": False} | options
+        with LLM(str(model), **(OPTIONS | changed)) as llm:
+            outputs = llm.generate(prompts, params, use_tqdm=False)
+        found.append([(o.text, o.token_ids, o.finish_reason, o.outputs[0].error) for o in outputs])
+    assert found[0][0][0] in ("left", "right")
+    assert found[1] == found[0]
+    assert found[2] == found[0]
 
 
 def test_logprobs_are_those_of_the_cpu(directory):
