@@ -16,6 +16,7 @@ from nanovllm.records import Record
 
 MAX_CHARACTERS = 100_000
 KINDS = ("json", "json_object", "regex", "grammar", "choice")
+STRUCTURE_FAILED = "structured output: "  # begins the error of a sequence that cannot go on
 REASONING = ("none", "optional", "open")
 
 

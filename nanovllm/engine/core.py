@@ -139,6 +139,13 @@ class EngineCore:
                 self._check_token_id(f"a token id of {name}", token_id)
 
         self._check_something_is_left(params)
+        self.check_structure(params)
+
+    def check_structure(self, params: SamplingParams) -> None:
+        """The part of `validate` that may take long; what it compiles is kept.
+
+        May be called on any thread.
+        """
         if isinstance(params.structured_output, StructuredOutput):
             if self._check_structure is None:
                 raise InvalidRequestError("structured_output needs the model's tokenizer")

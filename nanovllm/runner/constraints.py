@@ -22,7 +22,7 @@ from torch import Tensor
 
 from nanovllm.engine.plan import StepPlan
 from nanovllm.errors import InvalidRequestError
-from nanovllm.structured_output import StructuredOutput
+from nanovllm.structured_output import STRUCTURE_FAILED, StructuredOutput
 
 # Of a token that only a wish forbids (bad words, min_tokens): it is chosen if the form leaves
 # nothing else, and in practice never otherwise.
@@ -140,7 +140,7 @@ class RowConstraints:
             error = self._fill_one(mask, row, ends[row], read)
             if error:
                 mask[:] = -1
-                errors[line] = f"structured output: {error}"
+                errors[line] = STRUCTURE_FAILED + error
         return Masks([line for line, _ in lines], torch.from_numpy(words), errors)
 
     def _fill_one(self, mask: NDArray[np.int32], row: int, end: int, read: ReadTokens) -> str:

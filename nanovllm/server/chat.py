@@ -5,7 +5,7 @@ from __future__ import annotations
 import secrets
 import time
 from collections.abc import AsyncIterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from starlette.requests import Request
@@ -20,6 +20,8 @@ from nanovllm.server.output_parser import OutputParser, whole_message
 from nanovllm.server.schemas import ChatRequest
 from nanovllm.server.service import Service, cached_tokens, timings, usage
 from nanovllm.server.streams import Job, Stream
+from nanovllm.server.structure import asked_structure
+from nanovllm.server.tool_choice import check_tool_choice, with_tools
 from nanovllm.text.tokenizer import Tokenizer
 
 MIN_LOGPROB = -9999.0  # JSON has no infinity
@@ -76,6 +78,7 @@ async def _admit(service: Service, request: ChatRequest) -> _Chat:
     model = service.model_name(request.model)
     limits = service.limits()
     params = validate.chat_params(request, limits)
+    asked = asked_structure(request)
     if not request.messages:
         raise invalid("messages is empty: at least one is needed", "messages")
     tools = _tools(service, request)
@@ -84,6 +87,11 @@ async def _admit(service: Service, request: ChatRequest) -> _Chat:
         request.messages, tools, request.chat_template_kwargs, add_generation_prompt=generates
     )
     validate.check_prompt(prompt.token_ids, limits, "messages")
+    asked = with_tools(asked, request, tools, service.tool_style, service.tokenizer.token_id)
+    if asked is not None:
+        field, structure = asked
+        reasoning = prompt.reasoning if service.reasons else "none"
+        params = await service.constrain(params, field, replace(structure, reasoning=reasoning))
     job = Job(
         prompt.token_ids,
         params,
@@ -93,19 +101,14 @@ async def _admit(service: Service, request: ChatRequest) -> _Chat:
     stream = service.start([job])
     reply_id = f"chatcmpl-{secrets.token_hex(12)}"
     created = int(time.time())
-    return _Chat(service, request, model, stream, prompt.thinks, bool(tools), reply_id, created)
+    thinks = prompt.reasoning == "open"
+    return _Chat(service, request, model, stream, thinks, bool(tools), reply_id, created)
 
 
 def _tools(service: Service, request: ChatRequest) -> Sequence[schemas.ToolSpec] | None:
     """The tools that the model is told of."""
-    choice = request.tool_choice
-    if choice not in (None, "auto", "none"):
-        raise invalid(
-            "tool_choice can be 'auto' or 'none' here: calls cannot be forced",
-            "tool_choice",
-            "unsupported_parameter",
-        )
-    if not request.tools or choice == "none":
+    check_tool_choice(request)
+    if not request.tools or request.tool_choice == "none":
         return None
     if service.tool_style is None:
         raise invalid("this model's chat template knows no tools", "tools")

@@ -20,6 +20,7 @@ from nanovllm.server.http import EventStream, event, json_response, read_body, u
 from nanovllm.server.schemas import CompletionRequest
 from nanovllm.server.service import Service, cached_tokens, timings, usage
 from nanovllm.server.streams import Job, Stream
+from nanovllm.server.structure import asked_structure
 
 Entries = Sequence[Mapping[int, Logprob] | None]
 
@@ -68,6 +69,9 @@ async def _admit(service: Service, request: CompletionRequest) -> _Completion:
     model = service.model_name(request.model)
     limits = service.limits()
     params = validate.completion_params(request, limits)
+    asked = asked_structure(request)
+    if asked is not None:
+        params = await service.constrain(params, *asked)
     prompts = validate.split_prompts(request.prompt)
     jobs = []
     for prompt in prompts:

@@ -38,12 +38,16 @@ RECEIVE_BYTES = 1 << 18
 
 
 class Link:
-    """The socket, read by a thread of its own from the start; `on_gone` runs at its end."""
+    """The socket, read by a thread of its own from the start; `on_gone` runs at its end.
+
+    `prepare` is called there with each command before it is queued.
+    """
 
     def __init__(self, sock: socket.socket, on_gone: Callable[[], None]) -> None:
         self.commands: queue.SimpleQueue[Command] = queue.SimpleQueue()
         self._sock = sock
         self._on_gone = on_gone
+        self.prepare: Callable[[Command], None] = _nothing_to_prepare
         self._sending = threading.Lock()
         self._reader = threading.Thread(target=self._read, name="nanovllm-link", daemon=True)
         self._reader.start()
@@ -69,7 +73,9 @@ class Link:
         try:
             while data := self._sock.recv(RECEIVE_BYTES):
                 for body in frames.feed(data):
-                    self.commands.put(decoder.decode(body))
+                    command = decoder.decode(body)
+                    self.prepare(command)
+                    self.commands.put(command)
         except OSError:
             pass  # the same as the end of the stream
         self.commands.put(Shutdown())
@@ -78,6 +84,21 @@ class Link:
 
 def _do_nothing() -> None:
     pass
+
+
+def _nothing_to_prepare(command: Command) -> None:
+    pass
+
+
+def compiler_for(core: EngineCore) -> Callable[[Command], None]:
+    """Compiles the form of a request's text while the engine goes on with others."""
+
+    def prepare(command: Command) -> None:
+        if isinstance(command, Add) and "structured_output" in command.params:
+            with contextlib.suppress(NanoVLLMError):  # the engine will say the same
+                core.check_structure(SamplingParams(**command.params))
+
+    return prepare
 
 
 class EventBuffer:
@@ -234,6 +255,7 @@ def serve_engine(sock: socket.socket, config: EngineConfig, on_gone: Callable[[]
     try:
         events = EventBuffer()
         engine = build_engine(config, events)
+        link.prepare = compiler_for(engine.core)
         link.send(ready_message(engine.info))
         EngineLoop(engine.core, link, events).run()
         return True

@@ -211,7 +211,7 @@ class Run:
                 logger.error("the engine cannot be started again", exc_info=ended)
                 self._status = 1
             await self._service.client.close(END_SECONDS)
-            self._service.prompts.close()
+            self._service.close()
         return self._status
 
     def stop(self, *_: int | FrameType | None) -> None:

@@ -42,10 +42,11 @@ RESERVED = {
 
 @dataclass(frozen=True, slots=True)
 class ChatPrompt:
-    """thinks: the prompt's end has opened a reasoning block already."""
+    """reasoning says whether a <think> block may come next: "none" after one that the prompt has
+    closed, "open" in one that it has opened, else "optional"."""
 
     token_ids: list[int]
-    thinks: bool
+    reasoning: str
 
 
 class PromptEncoder:
@@ -124,7 +125,9 @@ class PromptEncoder:
         token_ids: list[int] = []
         for piece in text.split(mark):
             token_ids += self._tokenizer.encode(piece, add_special_tokens=False)
-        return ChatPrompt(token_ids, text.rstrip().endswith("<think>"))
+        end = text.rstrip()
+        reasoning = "none" if end.endswith("</think>") else "optional"
+        return ChatPrompt(token_ids, "open" if end.endswith("<think>") else reasoning)
 
     def _plain(self, message: ChatMessage, where: str, mark: str) -> dict[str, Any]:
         """The message as templates know it."""

@@ -21,6 +21,7 @@ from nanovllm.server.errors import invalid
 logger = logging.getLogger("nanovllm.server")
 ROLES = ("system", "developer", "user", "assistant", "tool")
 TEXT_PARTS = ("text", "input_text", "output_text", "refusal")
+TOOL_CHOICES = ("none", "auto", "required")
 MAX_STOPS = 4
 MAX_PRIORITY = 2**31
 MAX_SALT = 1024
@@ -57,18 +58,12 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "function_call": ("none",),
     "functions": (),
     "grammar": (),
-    "guided_choice": (),
-    "guided_grammar": (),
-    "guided_json": (),
-    "guided_regex": (),
     "json_schema": (),
     "length_penalty": (1, 1.0),
     "modalities": (["text"],),
     "prediction": (),
     "regex": (),
-    "response_format": ({"type": "text"},),
     "spaces_between_special_tokens": (True,),
-    "structured_outputs": (),
     "suffix": (),
     "truncate_prompt_tokens": (),
     "use_beam_search": (),
@@ -94,6 +89,33 @@ class StreamOptions(msgspec.Struct):
     include_usage: bool | None = None
     continuous_usage_stats: bool | None = None
     include_obfuscation: bool | None = None
+
+
+Schema = dict[str, Any] | bool
+
+
+class JsonSchema(msgspec.Struct, kw_only=True):
+    """strict is taken as true: the answer always satisfies the schema."""
+
+    name: str | None = None
+    description: str | None = None
+    schema: Schema | None = None
+    strict: bool | None = None
+
+
+class ResponseFormat(msgspec.Struct, kw_only=True):
+    type: Annotated[str, _shown(enum=("text", "json_object", "json_schema"))]
+    json_schema: JsonSchema | None = None
+
+
+class StructuredOutputs(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
+    """Exactly one of them, in vLLM's names."""
+
+    json: Schema | str | None = None
+    json_object: bool | None = None
+    regex: Words | None = None
+    grammar: Words | None = None
+    choice: Annotated[list[Words], _shown(minItems=1)] | None = None
 
 
 class Request(msgspec.Struct, kw_only=True):
@@ -123,6 +145,23 @@ class Request(msgspec.Struct, kw_only=True):
     priority: Annotated[int, _range(-MAX_PRIORITY, MAX_PRIORITY)] | None = None
     cache_salt: Annotated[str, _shown(maxLength=MAX_SALT)] | None = None
     timings: bool | None = None
+    response_format: ResponseFormat | None = None
+    structured_outputs: StructuredOutputs | None = None
+    guided_json: Schema | str | None = None
+    guided_regex: Words | None = None
+    guided_grammar: Words | None = None
+    guided_choice: Annotated[list[Words], _shown(minItems=1)] | None = None
+
+
+class FunctionName(msgspec.Struct, kw_only=True):
+    name: str
+
+
+class ToolChoice(msgspec.Struct, kw_only=True):
+    """The one function that is to be called."""
+
+    type: Annotated[str, _shown(const="function")]
+    function: FunctionName
 
 
 class ContentPart(msgspec.Struct, kw_only=True):
@@ -169,7 +208,7 @@ class ChatRequest(Request, kw_only=True):
     logprobs: bool | None = None
     top_logprobs: NumLogprobs | None = None
     tools: list[ToolSpec] | None = None
-    tool_choice: str | dict[str, Any] | None = None
+    tool_choice: Annotated[str, _shown(enum=TOOL_CHOICES)] | ToolChoice | None = None
     parallel_tool_calls: bool | None = None
     chat_template_kwargs: dict[str, Any] | None = None
     add_generation_prompt: bool | None = None

@@ -6,25 +6,31 @@ import logging
 import re
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from nanovllm.errors import ConfigError, InvalidRequestError
 from nanovllm.metrics.prometheus import PrometheusMetrics
 from nanovllm.model_files import ModelFiles
 from nanovllm.outputs import CompletionOutput, Delta, RequestOutput
+from nanovllm.sampling_params import SamplingParams
 from nanovllm.server import answers
 from nanovllm.server.engine_client import EngineClient
-from nanovllm.server.errors import ApiError, engine_failed, from_engine, unavailable
+from nanovllm.server.errors import ApiError, engine_failed, from_engine, invalid, unavailable
 from nanovllm.server.output_parser import tool_style
 from nanovllm.server.prompts import PromptEncoder
 from nanovllm.server.streams import EngineDeadError, Job, Stream
+from nanovllm.server.structure import StructureCompiler
+from nanovllm.server.tool_calls import ARGS_MARK, CALLS_MARK, ID_MARK
 from nanovllm.server.validate import Limits
+from nanovllm.structured_output import STRUCTURE_FAILED, StructuredOutput
 from nanovllm.text.chat import ChatTemplate
 from nanovllm.text.tokenizer import Tokenizer
 
 logger = logging.getLogger("nanovllm.server")
 _METRIC_PREFIX = re.compile(r"[a-zA-Z_][a-zA-Z0-9_]*")
+# Special tokens that are a part of calls: the parser must see them.
+SHOWN_MARKS = (CALLS_MARK, ARGS_MARK, ID_MARK)
 SAMPLING_DEFAULTS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 
 
@@ -84,6 +90,7 @@ class Service:
         self.config = config
         self.names = config.served_model_names
         self.tokenizer = tokenizer
+        self._shown = tokenizer.showing(SHOWN_MARKS)
         self.prompts = PromptEncoder(tokenizer, template)
         self.metrics = PrometheusMetrics(self.names[0], config.metrics_prefix)
         self.client = self.new_client()
@@ -92,13 +99,14 @@ class Service:
         self.num_open = 0  # requests that were admitted and not answered completely
         self.defaults = _sampling_defaults(files.generation)
         self._eos_token_ids = frozenset(files.eos_token_ids())
+        self._structures = StructureCompiler(tokenizer, files.eos_token_ids())
         source = template.source or ""
         self.reasons = "<think>" in source or tokenizer.token_id("<think>") is not None
         self.tool_style = tool_style(source)
 
     def new_client(self) -> EngineClient:
         """For an engine that is started now."""
-        return EngineClient(self.tokenizer, self.metrics)
+        return EngineClient(self._shown, self.metrics)
 
     def trouble(self) -> str | None:
         """Why no request can be served at this moment, or None."""
@@ -132,6 +140,25 @@ class Service:
             param="model",
             code="model_not_found",
         )
+
+    async def constrain(
+        self, params: SamplingParams, field: str, structure: StructuredOutput
+    ) -> SamplingParams:
+        """params for text of this form, which a field of the request asks for.
+
+        Raises ApiError if the form contradicts other parameters or cannot be compiled.
+        """
+        try:
+            params = replace(params, structured_output=structure)
+        except InvalidRequestError as error:
+            raise from_engine(error) from None
+        await self._structures.check(field, structure, self.limits().vocab_size)
+        return params
+
+    def close(self) -> None:
+        """Ends the threads that work on requests' texts and forms."""
+        self.prompts.close()
+        self._structures.close()
 
     def start(self, jobs: Sequence[Job]) -> Stream:
         """Raises ApiError 400 if the jobs can never fit, 429 if there are too many now."""
@@ -170,6 +197,8 @@ class Service:
     def check(self, ended: Delta | CompletionOutput) -> None:
         """Raises ApiError if the completion ended with an error."""
         if ended.finish_reason == "error":
+            if ended.error is not None and ended.error.startswith(STRUCTURE_FAILED):
+                raise invalid(ended.error, None, "structured_output_failed")
             logger.error("a request failed in the engine: %s", ended.error)
             raise engine_failed()
 

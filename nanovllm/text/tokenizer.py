@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -95,6 +95,15 @@ class Tokenizer:
 
     def token_id(self, token: str) -> int | None:
         return self._fast.token_to_id(token)
+
+    def showing(self, names: Collection[str]) -> Tokenizer:
+        """The same tokenizer, except that decoding shows these special tokens."""
+        if not any(special and name in names for name, special in self.added_tokens().items()):
+            return self
+        state = json.loads(self.to_json())
+        for token in state["added_tokens"]:
+            token["special"] = token["special"] and token["content"] not in names
+        return Tokenizer(FastTokenizer.from_str(json.dumps(state)), self.config)
 
     def to_json(self) -> str:
         """The whole tokenizer in the format of tokenizer.json."""

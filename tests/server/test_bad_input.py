@@ -253,8 +253,6 @@ def test_logprobs(live: Live) -> None:
     ("name", "value"),
     [
         ("suffix", "x"),
-        ("response_format", {"type": "json_object"}),
-        ("guided_json", {"type": "object"}),
         ("functions", [{"name": "f"}]),
         ("skip_special_tokens", False),
         ("continue_final_message", True),
@@ -267,6 +265,11 @@ def test_what_is_known_and_not_supported_is_refused_by_name(
     for path, prompt in ((CHAT, {"messages": HELLO}), (TEXT, {"prompt": "fox"})):
         error = refused(live, path, prompt | {name: value})
         assert (error["param"], error["code"]) == (name, "unsupported_parameter")
+
+
+def test_tools_of_other_kinds(live: Live) -> None:
+    refused(live, CHAT, {"messages": HELLO, "tools": [{"type": "web_search"}]})
+    refused(live, CHAT, {"messages": HELLO, "tools": "x"})
 
 
 def test_best_of(live: Live) -> None:
@@ -290,15 +293,6 @@ def test_more_completions_than_fit(start: Any) -> None:
     for name in ("n", "best_of"):
         assert refused(live, TEXT, {"prompt": "fox", name: 4})["param"] == name
         assert request(live.port, "POST", TEXT, {"prompt": "fox", name: 3})[0] == 200
-
-
-def test_tool_choices_that_need_a_grammar_are_refused(live: Live) -> None:
-    tools = [{"type": "function", "function": {"name": "f"}}]
-    for choice in ("required", {"type": "function", "function": {"name": "f"}}, "x", {}):
-        body = {"messages": HELLO, "tools": tools, "tool_choice": choice}
-        assert refused(live, CHAT, body)["param"] == "tool_choice"
-    refused(live, CHAT, {"messages": HELLO, "tools": [{"type": "web_search"}]})
-    refused(live, CHAT, {"messages": HELLO, "tools": "x"})
 
 
 def test_long_values_give_short_answers(live: Live) -> None:
