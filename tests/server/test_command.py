@@ -198,23 +198,34 @@ def test_an_engine_that_cannot_start_is_not_started_again(
     assert "another engine" not in server.output()
 
 
-def test_a_killed_server_leaves_no_orphan_and_can_start_again(
+@pytest.mark.slow
+def test_twenty_killed_servers_leave_nothing_and_it_starts_again(
     serve: Callable[..., Command],
 ) -> None:
+    """Killed while they load, at once or later, and while they serve."""
     shared = set(os.listdir("/dev/shm"))
-    server = serve()
-    (child,) = server.children()
-    server.process.kill()
-    until(lambda: not alive(child), 10)
-    # Also while the model loads.
-    for delay in (0.0, 1.0):
-        server = serve(wait=False)
-        until(server.children)
+    for _ in range(3):
+        started = [serve(wait=False) for _ in range(6)]
+        for server in started:
+            until(server.children)
+            (child,) = server.children()
+            time.sleep(0.15)
+            server.process.kill()
+            until(lambda pid=child: not alive(pid), 100)
+    for body in (None, SLOW):
+        server = serve()
         (child,) = server.children()
-        time.sleep(delay)
+        if body is not None:
+            thread, answers = in_background(server.port, body)
+            until(lambda port=server.port: running(port))
         server.process.kill()
-        until(lambda pid=child: not alive(pid), 20)
+        until(lambda pid=child: not alive(pid), 100)
+    thread.join(60)
+    assert isinstance(answers[0], OSError)
     assert set(os.listdir("/dev/shm")) <= shared
+    server = serve()
+    body = {"prompt": "fox", "max_tokens": 2}
+    assert request(server.port, "POST", "/v1/completions", body)[0] == 200
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

@@ -71,7 +71,7 @@ def gate(monkeypatch: pytest.MonkeyPatch) -> Gate:
 
 
 @pytest.mark.parametrize("stream", [False, True])
-@pytest.mark.parametrize("state", ["queued", "prefilling", "decoding"])
+@pytest.mark.parametrize("state", ["queued", "prefilling", "decoding", "last step"])
 def test_a_client_that_goes_frees_everything(
     start: Callable[..., Live], gate: Gate, state: str, stream: bool
 ) -> None:
@@ -81,14 +81,39 @@ def test_a_client_that_goes_frees_everything(
         with open_request(live, stream=stream):
             live.wait_until(lambda: request(live.port, "GET", "/load")[2]["generation_tokens"] > 3)
     else:
-        prompt = list(range(5, 205)) if state == "prefilling" else LONG["prompt"]
-        with gate, open_request(live, stream=stream, prompt=prompt):
+        fields = {
+            "queued": {},
+            "prefilling": {"prompt": list(range(5, 205))},
+            "last step": {"prompt": [5, 6], "max_tokens": 1},
+        }[state]
+        with gate, open_request(live, stream=stream, **fields):
             live.wait_until(lambda: client.num_sequences == 1)
     live.wait_until(lambda: client.num_sequences == 0)
     live.wait_until_idle()
     live.wait_until(lambda: live.service.num_open == 0)
     # Fewer tokens than were asked for: it did end early.
     assert request(live.port, "GET", "/load")[2]["generation_tokens"] < 230
+
+
+def test_an_abort_that_races_the_end(start: Callable[..., Live]) -> None:
+    """Clients that leave around their last token: each request ends once, whichever was first."""
+    live = start(max_num_seqs=4)
+    number = 40
+    for i in range(number):
+        with open_request(live, prompt=[5 + i], max_tokens=3, stream=bool(i % 2)) as sock:
+            if i % 4:
+                sock.recv(50 * (i % 4))
+    live.wait_until_idle()
+    live.wait_until(lambda: live.service.num_open == 0)
+    lines = request(live.port, "GET", "/metrics")[2].decode().splitlines()
+    ended = {
+        line.split('reason="')[1].split('"')[0]: float(line.split()[-1])
+        for line in lines
+        if line.startswith("nanovllm:request_success_total")
+    }
+    assert sum(ended.values()) <= number, ended
+    assert ended["error"] == 0
+    assert live.service.client.num_sequences == 0
 
 
 def test_clients_of_the_waiting_queue_may_go_too(start: Callable[..., Live]) -> None:
@@ -288,6 +313,20 @@ def test_a_full_queue_is_told(start: Callable[..., Live], gate: Gate) -> None:
     assert_error(request(live.port, "POST", TEXT, LONG | {"prompt": [[5]] * 5})[2])
     live.wait_until_idle()
     assert request(live.port, "POST", TEXT, {"prompt": "a", "max_tokens": 1})[0] == 200
+
+
+def test_what_can_never_fit_the_pool_is_refused(start: Callable[..., Live]) -> None:
+    live = start(block_size=16, num_kv_blocks=4)  # 64 slots, and a context of 64
+    for length, status in ((100, 400), (64, 400), (63, 200), (40, 200)):
+        got, _, answer = request(live.port, "POST", TEXT, LONG | {"prompt": [5] * length})
+        assert got == status
+        if status == 400:
+            error = assert_error(answer, "context_length_exceeded")
+            assert "maximum context length is 64 tokens" in error["message"]
+        else:
+            assert answer["usage"]["total_tokens"] == 64
+            assert answer["choices"][0]["finish_reason"] == "length"
+    live.wait_until_idle()
 
 
 def test_preemption_changes_no_answer(start: Callable[..., Live]) -> None:
