@@ -111,7 +111,7 @@ class EngineCore:
         for index in range(params.n):
             seq = Sequence(
                 next(self._seq_ids),
-                prompt_token_ids,
+                list(prompt_token_ids),
                 params if index == 0 else replace(params, prompt_logprobs=None),
                 request_id=request_id,
                 index=index,

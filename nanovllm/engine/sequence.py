@@ -8,8 +8,7 @@ result a sampled token is *pending*: it exists, its id is not known on the host 
 from __future__ import annotations
 
 import enum
-from collections.abc import Sequence as TokenIds
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, InitVar, dataclass, field
 
 from nanovllm.sampling_params import SamplingParams
 
@@ -32,67 +31,38 @@ class SequenceStats:
     num_preemptions: int = 0
 
 
+@dataclass(slots=True, eq=False, repr=False)
 class Sequence:
-    """One completion of one prompt.
+    """One completion of one prompt; made with the prompt's token ids.
 
     Invariants: num_computed <= len(token_ids) + num_pending, and block_table covers slots
     [0, num_computed) while the sequence runs.
     """
 
-    __slots__ = (
-        "block_hashes",
-        "block_table",
-        "finish_reason",
-        "fork_of",
-        "index",
-        "max_tokens",
-        "num_computed",
-        "num_pending",
-        "num_prompt_tokens",
-        "params",
-        "priority",
-        "request_id",
-        "row",
-        "salt",
-        "seed",
-        "seq_id",
-        "stats",
-        "status",
-        "token_ids",
-    )
+    seq_id: int
+    token_ids: list[int]  # its own: the prompt's, then what was generated and is known
+    params: SamplingParams
+    _: KW_ONLY
+    request_id: str = ""
+    index: int = 0
+    seed: int = 0
+    salt: bytes = b""
+    priority: int = 0
+    fork_of: Sequence | None = None  # shares its prompt's blocks, as long as it runs
+    arrival: InitVar[float] = 0.0
+    num_prompt_tokens: int = field(init=False)
+    max_tokens: int = field(init=False, default=0)  # set when queued; the last is never computed
+    num_computed: int = field(init=False, default=0)
+    num_pending: int = field(init=False, default=0)
+    block_table: list[int] = field(init=False, default_factory=list)
+    block_hashes: list[bytes] = field(init=False, default_factory=list)  # as far as needed
+    row: int | None = field(init=False, default=None)
+    status: Status = field(init=False, default=Status.WAITING)
+    finish_reason: str | None = field(init=False, default=None)
+    stats: SequenceStats = field(init=False)
 
-    def __init__(
-        self,
-        seq_id: int,
-        prompt_token_ids: TokenIds[int],
-        params: SamplingParams,
-        *,
-        request_id: str = "",
-        index: int = 0,
-        seed: int = 0,
-        salt: bytes = b"",
-        priority: int = 0,
-        arrival: float = 0.0,
-        fork_of: Sequence | None = None,
-    ) -> None:
-        self.seq_id = seq_id
-        self.request_id = request_id
-        self.index = index
-        self.params = params
-        self.seed = seed
-        self.salt = salt
-        self.priority = priority
-        self.fork_of = fork_of
-        self.token_ids = list(prompt_token_ids)
+    def __post_init__(self, arrival: float) -> None:
         self.num_prompt_tokens = len(self.token_ids)
-        self.max_tokens = 0  # set when it is queued; the last one is sampled, never computed
-        self.num_computed = 0
-        self.num_pending = 0
-        self.block_table: list[int] = []
-        self.block_hashes: list[bytes] = []  # of full blocks, as far as they were needed
-        self.row: int | None = None
-        self.status = Status.WAITING
-        self.finish_reason: str | None = None
         self.stats = SequenceStats(arrival)
 
     @property

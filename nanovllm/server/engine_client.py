@@ -126,7 +126,7 @@ class EngineClient(asyncio.Protocol):
         sequences = [
             Sequence(
                 handle << 8 | i,
-                job.token_ids,
+                list(job.token_ids),
                 job.params,
                 request_id=str(handle),
                 index=i,
