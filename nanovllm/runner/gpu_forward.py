@@ -1,8 +1,8 @@
 """A decoder's forward pass on a GPU, with our fused kernels in place of single operators.
 
 Batches of single tokens take five launches a layer up to `linear.max_rows` rows. Above, the norms
-and the products are launches of their own, the products ours up to `products.MAX_ROWS` rows and
-cuBLAS beyond; longer rows rotate and store in one kernel and attend over the cache. The result
+and the products are launches of their own, the products ours up to `products.max_rows` rows
+and cuBLAS beyond; longer rows rotate and store in one kernel and attend over the cache. The result
 is that of `Decoder.forward` up to rounding. All lengths are read on the device, so a batch of
 single tokens can be captured in a CUDA graph.
 
@@ -70,7 +70,7 @@ class GpuForward:
         self._attention = attention
         self._pdl = pdl
         self._max_few = linear_kernels.max_rows(model.config.hidden_size)
-        self._max_some = products.MAX_ROWS if pdl else 0  # measured on nothing older
+        self._max_some = products.max_rows(model.config.hidden_size) if pdl else 0
         self._workspace = products.Workspace(self._embed.device)
         self._plain_mlp = all(layer.gate_up_bias is None for layer in self._layers)
 

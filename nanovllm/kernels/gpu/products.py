@@ -18,7 +18,6 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra import cuda as tl_cuda
 
-MAX_ROWS = 128  # with more, cuBLAS was as fast or faster on an H200
 MAX_TILE_ROWS = 64
 WIDTH = 32  # weight rows of a program, if the device has room for as many programs
 TARGET_PROGRAMS = 200  # all run at once on 132 multiprocessors
@@ -47,13 +46,14 @@ def _product_kernel(
         w_row = w_ptr + n.to(tl.int64) * K
     if PDL:
         tl_cuda.gdc_wait()
-        tl_cuda.gdc_launch_dependents()
     x_ptrs = x_ptr + m.to(tl.int64)[:, None] * K + k[None, :]
     acc = tl.zeros((BLOCK_M, w_row.shape[0]), tl.float32)
     for at in tl.range(0, K_PART, BLOCK_K, num_stages=STAGES):
         w = tl.load(w_row[:, None] + k[None, :] + at, mask=w_mask[:, None], other=0.0)
         x = tl.load(x_ptrs + at, mask=(m < M)[:, None], other=0.0)
         acc = tl.dot(x, w.T, acc, input_precision=PRECISION)
+    if PDL:  # not before: the next kernel's programs would take room from this one's
+        tl_cuda.gdc_launch_dependents()
     spot = m[:, None] * N + n[None, :]
     mask = (m < M)[:, None] & (n < N)[None, :]
     if SPLIT_K > 1:
@@ -80,6 +80,11 @@ def _product_kernel(
     if RESIDUAL:
         value += tl.load(residual_ptr + spot, mask=mask, other=0.0).to(tl.float32)
     tl.store(out_ptr + spot, value.to(dtype), mask=mask)
+
+
+def max_rows(hidden_size: int) -> int:
+    """Rows up to which this beats cuBLAS, as measured on an H200 at hidden sizes 1024 and 4096."""
+    return 64 if hidden_size <= 1024 else 0
 
 
 class Workspace:
