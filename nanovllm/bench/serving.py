@@ -160,15 +160,6 @@ def _check_warm(warm: Measured) -> None:
         raise RemoteError(str(failed[0].message), kind=str(failed[0].failure))
 
 
-def runner() -> asyncio.Runner:
-    """On uvloop where it is installed: the generator should cost less than the server."""
-    try:
-        import uvloop  # optional: comes with the extra 'server'
-    except ImportError:
-        return asyncio.Runner()
-    return asyncio.Runner(loop_factory=uvloop.new_event_loop)
-
-
 @contextmanager
 def own_server(command: Sequence[str], log: Path) -> Iterator[str]:
     """Starts a server, yields its URL, and ends it. Raises NanoVLLMError with its last words."""

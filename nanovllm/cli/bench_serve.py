@@ -23,6 +23,7 @@ from nanovllm.bench.traffic import ARRIVALS, CHAT, PATHS, Load, Range, Traffic
 from nanovllm.cli.files import check_writable
 from nanovllm.cli.flags import Parser, add_engine_flags, given, refuse
 from nanovllm.cli.terminal import YELLOW, Status, say
+from nanovllm.client.loop import runner
 
 DEFAULT_CLIENTS = "1,8,32"
 INTERRUPT_STATUS = 130
@@ -119,8 +120,8 @@ def run(options: argparse.Namespace) -> int:
             tell=status.show,
         )
         try:
-            with serving.runner() as runner:
-                runner.run(work)
+            with runner() as loop:
+                loop.run(work)
         except KeyboardInterrupt:
             interrupted = True
     if session.measured:

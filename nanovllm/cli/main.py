@@ -40,6 +40,7 @@ COMMANDS = {
     "bench": Command("nanovllm.cli.bench", "measure throughput and latency offline"),
     "bench serve": Command("nanovllm.cli.bench_serve", "measure a server under load"),
     "bench report": Command("nanovllm.cli.bench_report", "compare measured servers, as a page"),
+    "run-batch": Command("nanovllm.cli.run_batch", "answer a JSON-lines file of requests"),
     "info": Command("nanovllm.cli.info", "versions, devices, chosen backends and why"),
 }
 

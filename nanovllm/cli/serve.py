@@ -71,11 +71,7 @@ def add_arguments(parser: Parser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    missing = [name for name in NEEDS if find_spec(name) is None]
-    if missing:
-        raise ConfigError(
-            f"serve needs {', '.join(missing)}: install nanovllm with its extra 'server'"
-        )
+    need_extra("serve")
     # What the check above has found; no other command needs them.
     from nanovllm.server.launch import serve
     from nanovllm.server.messages import LOG_FORMAT
@@ -105,6 +101,15 @@ def run(options: argparse.Namespace) -> int:
         chat_template=chat_template,
         in_process=in_process,
     )
+
+
+def need_extra(command: str) -> None:
+    """Raises ConfigError if packages of the extra are missing."""
+    missing = [name for name in NEEDS if find_spec(name) is None]
+    if missing:
+        raise ConfigError(
+            f"{command} needs {', '.join(missing)}: install nanovllm with its extra 'server'"
+        )
 
 
 def _values(options: argparse.Namespace) -> dict[str, Any]:

@@ -33,6 +33,7 @@ HEAVY = ("torch", "jinja2", "tokenizers", "numpy", "transformers")
         ["bench", "serve", "--help"],
         ["bench", "report", "--help"],
         ["chat", "--help"],
+        ["run-batch", "--help"],
     ],
 )
 def test_help_imports_nothing_heavy(arguments: list[str]) -> None:
