@@ -8,27 +8,23 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import itertools
 import queue
 import threading
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable
 from typing import Any
 
-from nanovllm.build import EngineInfo, build_engine
-from nanovllm.config import EngineConfig
 from nanovllm.errors import EngineClosedError
+from nanovllm.llm import OpenModel
 from nanovllm.outputs import Delta
 from nanovllm.prompts import Prompt, encode_prompt, encode_salt, params_for
-from nanovllm.requests import RequestTracker
 from nanovllm.sampling_params import SamplingParams
-from nanovllm.text.chat import Message
 from nanovllm.trace.events import Tracer
 
 Sink = Callable[[Delta | BaseException], None]
 Command = Callable[[], None]
 
 
-class AsyncLLM:
+class AsyncLLM(OpenModel):
     """`async for delta in llm.generate(...)`; takes the options of `EngineConfig` as keywords.
 
     May be used from any event loop, and from several.
@@ -37,22 +33,13 @@ class AsyncLLM:
     def __init__(
         self, model: str = "demo", *, tracer: Tracer | None = None, **options: Any
     ) -> None:
-        self._engine = build_engine(EngineConfig.from_kwargs(model=model, **options), tracer)
-        core = self._engine.core
-        self._tracker = RequestTracker(
-            self._engine.tokenizer, stop=lambda seq: core.stop(seq, "stop")
-        )
+        super().__init__(model, tracer=tracer, **options)
         self._sinks: dict[str, Sink] = {}
-        self._ids = itertools.count()
         self._commands: queue.SimpleQueue[Command] = queue.SimpleQueue()
         self._closed = False
         self._closing = threading.Lock()  # no command is queued after the last look at the queue
         self._thread = threading.Thread(target=self._run, name="nanovllm-engine", daemon=True)
         self._thread.start()
-
-    @property
-    def info(self) -> EngineInfo:
-        return self._engine.info
 
     async def generate(
         self,
@@ -71,7 +58,7 @@ class AsyncLLM:
         EngineClosedError if the engine is closed meanwhile.
         """
         (params,) = params_for(1, sampling_params, sampling)
-        text, token_ids = encode_prompt(self._engine.tokenizer, prompt, params)
+        text, token_ids = encode_prompt(self.tokenizer, prompt, params)
         salt = encode_salt(cache_salt)
         request_id = f"async-{next(self._ids)}" if request_id is None else request_id
         loop = asyncio.get_running_loop()
@@ -101,12 +88,6 @@ class AsyncLLM:
         finally:
             if unfinished:
                 self._submit_quietly(lambda: self._leave(request_id, sink))
-
-    def render_chat(self, messages: Sequence[Message], **options: Any) -> list[int]:
-        """The token ids of a conversation, with the model's own template."""
-        text = self._engine.chat_template.render(messages, **options)
-        assert self._engine.tokenizer is not None, "a template implies a tokenizer"
-        return self._engine.tokenizer.encode(text, add_special_tokens=False)
 
     async def abort(self, request_id: str) -> None:
         """Ends a request; its stream receives a last delta with finish_reason "abort"."""

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
-from types import TracebackType
 from typing import Any, Self
 
 from nanovllm.build import EngineInfo, build_engine
@@ -32,8 +31,8 @@ from nanovllm.text.tokenizer import Tokenizer
 from nanovllm.trace.events import Tracer
 
 
-class LLMEngine:
-    """Requests in, steps, outputs out.
+class OpenModel:
+    """What the public classes own: an engine, and the outputs of its unfinished requests.
 
     Takes the options of `EngineConfig` as keywords. Raises ConfigError for an unknown option,
     ModelLoadError for a broken model directory, OutOfMemoryError if the model cannot fit.
@@ -42,15 +41,12 @@ class LLMEngine:
     def __init__(
         self, model: str = "demo", *, tracer: Tracer | None = None, **options: Any
     ) -> None:
-        self._engine = build_engine(EngineConfig.from_kwargs(model=model, **options), tracer)
+        self._engine = build_engine(EngineConfig(model=model, **options), tracer)
         core = self._engine.core
         self._tracker = RequestTracker(
             self._engine.tokenizer, stop=lambda seq: core.stop(seq, "stop")
         )
         self._ids = itertools.count()
-        self._turns = Turns()
-        self._unreported: dict[str, RequestOutput] = {}  # changed outside of `step`
-        self._streams: dict[str, list[Delta]] = {}  # not yet read; of the streams that are open
 
     @property
     def info(self) -> EngineInfo:
@@ -60,6 +56,25 @@ class LLMEngine:
     @property
     def tokenizer(self) -> Tokenizer | None:
         return self._engine.tokenizer
+
+    def render_chat(self, messages: Sequence[Message], **options: Any) -> list[int]:
+        """The token ids of a conversation, with the model's own template."""
+        if self.tokenizer is None:
+            raise InvalidRequestError("chat needs a tokenizer: skip_tokenizer_init is set")
+        text = self._engine.chat_template.render(messages, **options)
+        return self.tokenizer.encode(text, add_special_tokens=False)
+
+
+class LLMEngine(OpenModel):
+    """Requests in, steps, outputs out; takes the options of `EngineConfig` as keywords."""
+
+    def __init__(
+        self, model: str = "demo", *, tracer: Tracer | None = None, **options: Any
+    ) -> None:
+        super().__init__(model, tracer=tracer, **options)
+        self._turns = Turns()
+        self._unreported: dict[str, RequestOutput] = {}  # changed outside of `step`
+        self._streams: dict[str, list[Delta]] = {}  # not yet read; of the streams that are open
 
     def add_request(
         self,
@@ -219,12 +234,7 @@ class LLMEngine:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
 
@@ -270,10 +280,3 @@ class LLM(LLMEngine):
         ]
         outputs = self.generate(prompts, sampling_params, use_tqdm, **sampling)
         return outputs[0] if single else outputs
-
-    def render_chat(self, messages: Sequence[Message], **options: Any) -> list[int]:
-        """The token ids of a conversation, with the model's own template."""
-        if self.tokenizer is None:
-            raise InvalidRequestError("chat needs a tokenizer: skip_tokenizer_init is set")
-        text = self._engine.chat_template.render(messages, **options)
-        return self.tokenizer.encode(text, add_special_tokens=False)
