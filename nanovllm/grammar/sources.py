@@ -13,7 +13,7 @@ from nanovllm.structured_output import StructuredOutput
 
 # Between the tokens of JSON: nothing, a space, or a line end with an indentation. Endless white
 # space is allowed by JSON, and some models never stop writing it.
-WHITESPACE = r"(\x20|\n\x20{0,40})?"
+WHITESPACE = r"(\x20|\n\x20{0,20})?"
 TokenId = Callable[[str], int | None]
 
 
