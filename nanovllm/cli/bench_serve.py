@@ -129,7 +129,10 @@ def run(options: argparse.Namespace) -> int:
         _report(
             serve_report.as_json(session, target, traffic, targets, command, options.label), options
         )
-    return INTERRUPT_STATUS if interrupted else 0
+    if interrupted:
+        say(f"interrupted: {len(session.measured)} of {len(loads)} loads are complete", YELLOW)
+        return INTERRUPT_STATUS
+    return 0
 
 
 def _report(content: dict[str, Any], options: argparse.Namespace) -> None:

@@ -7,12 +7,16 @@ import json
 import random
 import re
 import shutil
+import signal
+import subprocess
+import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from scripted_server import answer, delta, event, scripted, stream
+from scripted_server import Scripted, answer, delta, event, scripted, stream
 from server.live_server import Live
 
 from nanovllm.bench import html, serve_report, svg
@@ -250,6 +254,33 @@ def test_an_own_server_on_the_demo_model(cli: Any, tiny: Path, tmp_path: Path) -
     result = bench(cli, *line)
     assert result.status == 0, result.err
     assert json.loads(file.read_text())["points"][0]["summary"]["num_done"] == 6
+
+
+def test_an_interrupt_reports_the_loads_that_are_complete(tmp_path: Path) -> None:
+    good = stream(delta("a"), delta("b"), DONE)
+
+    def respond(method: str, path: str, body: Any) -> Any:
+        time.sleep(0.05)
+        return answer({"data": [{"id": "m"}]}) if method == "GET" else good
+
+    server = Scripted(respond)
+    flags = ["--url", server.url, "--concurrency", "1,2", "--num-requests", "8", "--warm-up", "0"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "nanovllm.cli.main", "bench", "serve", *flags,
+         "--json", str(tmp_path / "out")],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    while sum(method == "POST" for method, _, _ in server.requests) < 2 + 8 + 2:
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    server.close()
+    assert process.returncode == 130
+    assert "1 of 2 loads are complete" in err
+    assert "Traceback" not in err
+    assert [line.split("  ")[0] for line in out.splitlines()] == ["load", "1 client"]
+    assert len(json.loads((tmp_path / "out").read_text())["points"]) == 1
 
 
 WRONG = {
