@@ -49,6 +49,7 @@ class AttentionBatch:
     positions: Tensor  # [T] int64
     max_q_len: int
     max_context_len: int
+    min_q_len: int = 1  # a bound: rows may all be longer
     plan: Any = field(default=None)  # what the backend's `plan` left for its `forward`
 
     @property

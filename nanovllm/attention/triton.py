@@ -74,8 +74,8 @@ class TritonAttention:
         common = (kv_cache, batch.cu_q_lens, batch.context_lens, batch.block_tables, scale, window)
         if batch.max_q_len > 1:
             self._kernels.prefill(q, *common, out, skip_single=True)
-            if len(q) <= batch.max_q_len:
-                return out  # one row
+            if batch.min_q_len > 1:
+                return out
         splits = self._kernels.num_splits(batch.num_seqs, kv_cache.shape[2], batch.max_context_len)
         workspace = self.workspace(q.shape[1], q.shape[2], q.device)
         return self._kernels.decode(q, *common, workspace, splits, out)

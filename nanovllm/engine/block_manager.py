@@ -52,6 +52,9 @@ class Reservation:
     copy: tuple[int, int] | None = None  # (source block id, destination block id)
 
 
+UNCHANGED = Reservation()
+
+
 class BlockManager:
     """Allocates, shares, registers and frees blocks. All methods are all-or-nothing."""
 
@@ -190,6 +193,8 @@ class BlockManager:
         """
         table = seq.block_table
         first = seq.num_computed // self.block_size
+        if num_slots <= len(table) * self.block_size and self._is_private(table[first]):
+            return UNCHANGED  # as nearly always
         num_new = max(0, self.blocks_for(num_slots) - len(table))
         shared = first < len(table) and not self._is_private(table[first])
         if num_new + shared > len(self._free):

@@ -1,12 +1,14 @@
 """What crosses between the scheduler and a rank: plans one way, results the other.
 
 Frozen, small, ordered. A plan holds only differences: new rows with their whole state, block ids
-appended to a row, rows freed, blocks to copy, and how many tokens each row computes.
+appended to a row, rows freed, blocks to copy, and how many tokens each row computes. What every
+row of every step needs one of is a tuple: these are made faster.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from nanovllm.sampling_params import SamplingParams
 
@@ -28,8 +30,7 @@ class NewRow:
     seed: int
 
 
-@dataclass(frozen=True, slots=True)
-class RowStep:
+class RowStep(NamedTuple):
     """Compute num_tokens more tokens of a row; sample one after them if `sample`.
 
     new_block_ids are appended to the row's block table before the step. replaced_block, if set,
@@ -74,8 +75,7 @@ class TokenLogprobs:
     top: tuple[tuple[int, float], ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
-class RowResult:
+class RowResult(NamedTuple):
     """What one row of a plan produced.
 
     token_ids is empty if the row sampled nothing. prompt_logprobs, if they were asked for, are of

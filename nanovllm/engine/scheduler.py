@@ -18,6 +18,7 @@ from bisect import insort
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from nanovllm.engine.block_manager import BlockManager
 from nanovllm.engine.plan import (
@@ -41,8 +42,7 @@ from nanovllm.trace.events import (
 )
 
 
-@dataclass(frozen=True, slots=True)
-class SequenceUpdate:
+class SequenceUpdate(NamedTuple):
     """What one step's result meant for one sequence; finish_reason and error end it."""
 
     seq: Sequence
@@ -151,8 +151,11 @@ class Scheduler:
     def schedule(self) -> StepPlan | None:
         """The next step, or None if nothing can be computed before a result arrives."""
         draft = _Draft(self.max_num_batched_tokens)
-        single = [seq for seq in self.running if self._need(seq) == 1]
-        longer = [seq for seq in self.running if self._need(seq) > 1]
+        single: list[Sequence] = []
+        longer: list[Sequence] = []
+        for seq in self.running:
+            if (need := self._need(seq)) > 0:
+                (single if need == 1 else longer).append(seq)
         self._continue_all(single, draft)
         # A fork needs a single token too: a long prompt that overtook it must not delay it.
         self._admit_waiting(draft, forks_only=True)
@@ -162,7 +165,7 @@ class Scheduler:
 
     def _need(self, seq: Sequence) -> int:
         """Tokens of seq that could be computed now; 0 if all that may exist do."""
-        num_tokens = seq.num_tokens
+        num_tokens = len(seq.token_ids) + seq.num_pending
         return 0 if num_tokens >= seq.max_tokens else num_tokens - seq.num_computed
 
     def _limit(self, seq: Sequence) -> int:

@@ -290,6 +290,7 @@ class GpuModelRunner(ModelRunner):
         batch = inputs.batch
         # Bounds instead of this step's own lengths: the launches must suit any step of the key.
         batch.max_q_len = num_tokens if num_rows == 1 else num_tokens - 1
+        batch.min_q_len = 2 if num_rows == 1 else 1
         batch.max_context_len = self.rows.tokens.shape[1]
         packed, batch.block_tables = batch.block_tables.view(-1), self._tables[:num_rows]
         sampled = bool(samples.any())
@@ -365,8 +366,9 @@ class GpuModelRunner(ModelRunner):
         slot_mapping, at, last, seed, token_rows, cu_q, context_lens = views[:7]
         position, top_k, temperature, top_p, min_p, line_rows, row_ids, width, tables = views[7:]
         batch = AttentionBatch(
-            cu_q, context_lens, tables, slot_mapping, at, int(q_lens.max()), int(context.max())
-        )
+            cu_q, context_lens, tables, slot_mapping, at, int(q_lens.max()), int(context.max()),
+            int(q_lens.min()),
+        )  # fmt: skip
         params = sampling.RowParams(temperature, seed, position, top_k, top_p, min_p)
         return _Inputs(batch, token_rows, row_ids, width, last, line_rows, params)
 

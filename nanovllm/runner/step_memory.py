@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -124,7 +124,7 @@ def joined(plan: StepPlan, results: list[StepResult]) -> StepResult:
         prompt = before.prompt_logprobs + part.prompt_logprobs
         start = before.prompt_start if before.prompt_logprobs else part.prompt_start
         error = before.error or part.error
-        found[part.row] = replace(part, prompt_logprobs=prompt, prompt_start=start, error=error)
+        found[part.row] = part._replace(prompt_logprobs=prompt, prompt_start=start, error=error)
     return StepResult(plan.step_id, tuple(found[step.row] for step in plan.rows))
 
 

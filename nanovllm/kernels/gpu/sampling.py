@@ -23,6 +23,8 @@ from torch import Tensor
 from triton.language.extra.cuda import libdevice
 
 TILE = 4096
+LOG2_E = tl.constexpr(1.4426950408889634)
+NO_TOKEN = tl.constexpr(2**31 - 1)
 
 
 @triton.jit
@@ -42,7 +44,7 @@ def _exponential(seed, position, token, FAST: tl.constexpr):
     high = (seed >> 32).to(tl.uint32)
     key = _mix(low ^ _mix(high ^ _mix(position.to(tl.uint32) + 0x9E3779B9)))
     bits = _mix((token.to(tl.uint32) * 0x9E3779B1 + key).to(tl.uint32))
-    u = (bits.to(tl.float32) + 0.5) * 2.3283064365386963e-10  # in (0, 1]
+    u = bits.to(tl.float32) * 2.3283064365386963e-10 + 1.1641532182693481e-10  # in (0, 1]
     rest = tl.maximum(1.0 - u, 1e-10)
     # The device's own logarithm is good to 2**-22 here: enough where the result is not small.
     large = -libdevice.fast_logf(rest) if FAST else -tl.log(rest)
@@ -52,14 +54,16 @@ def _exponential(seed, position, token, FAST: tl.constexpr):
 
 @triton.jit
 def _best_of_tile(x, token, temperature, seed, position, FAST: tl.constexpr):
-    """(largest noisy logit / temperature, its index in the tile); the plain maximum if greedy."""
-    best, index = tl.max(x, 0, return_indices=True)
+    """(largest noisy logit / temperature, the first token that has it); without noise if greedy."""
+    best = tl.max(x, 0)
+    index = tl.min(tl.where(x == best, token, NO_TOKEN), 0)
     if temperature > 0:
-        scale = 1.0 / temperature
+        scale = LOG2_E / temperature
         top = tl.where(tl.abs(best) == float("inf"), 0.0, best * scale)  # nothing to choose from
-        race = _exponential(seed, position, token, FAST) * tl.exp(top - x * scale)
-        least, index = tl.min(race, 0, return_indices=True)
-        best = top - tl.log(tl.maximum(least, 1e-30))
+        race = _exponential(seed, position, token, FAST) * tl.exp2(top - x * scale)
+        least = tl.min(race, 0)
+        index = tl.min(tl.where(race == least, token, NO_TOKEN), 0)
+        best = (top - tl.log2(tl.maximum(least, 1e-30))) / LOG2_E
     return best, index
 
 
@@ -81,7 +85,7 @@ def _choose_kernel(
     x = tl.load(
         logits_ptr + line.to(tl.int64) * logits_stride + token, mask=token < V, other=float("-inf")
     ).to(tl.float32)
-    broken = tl.max(((x != x) | (x == float("inf"))).to(tl.int32), 0)
+    broken = tl.max(tl.where(x < float("inf"), 0, 1), 0)  # or not a number
     if THRESHOLD:
         x = tl.where(x >= tl.load(threshold_ptr + line), x, float("-inf"))
     temperature = tl.load(temperature_ptr + line)
@@ -90,7 +94,7 @@ def _choose_kernel(
     best, index = _best_of_tile(x, token, temperature, seed, position, FAST)
     best = tl.where(broken > 0, float("inf"), best)
     tl.store(best_ptr + line * num_tiles + tile, best)
-    tl.store(index_ptr + line * num_tiles + tile, index + tile * TILE)
+    tl.store(index_ptr + line * num_tiles + tile, tl.minimum(index, V - 1))  # all were broken
     tl.debug_barrier()
     if tl.atomic_add(counter_ptr + line, 1, sem="acq_rel") != num_tiles - 1:
         return
