@@ -30,7 +30,7 @@ WISHES: list[dict[str, Any]] = [
     {"top_k": 20, "top_p": 0.9},
     {"min_p": 0.05},
     {"repetition_penalty": 1.2, "presence_penalty": 0.5},
-    {"logit_bias": {7: 2.0}, "min_tokens": 20},
+    {"logit_bias": {7: 2.0}, "min_tokens": 1},
     {"allowed_token_ids": list(range(100, 400))},
     {"logprobs": 5},
     {"prompt_logprobs": 1},

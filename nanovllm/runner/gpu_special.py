@@ -20,6 +20,7 @@ from torch import Tensor
 
 from nanovllm.engine.plan import NewRow, TokenLogprobs
 from nanovllm.kernels.gpu import adjust, sampling
+from nanovllm.kernels.gpu.logprobs import logprobs
 from nanovllm.runner.constraints import Masks
 from nanovllm.runner.cuda_graph import bucket_of
 from nanovllm.runner.gpu_staging import upload
@@ -28,7 +29,6 @@ from nanovllm.runner.sampler import MIN_TEMPERATURE, BadWords
 from nanovllm.sampling_params import SamplingParams
 
 TAIL = 32  # tokens that a constraint may be behind without a visit to the device
-LOGPROB_LINES = 64  # at once: log-probabilities take several copies of the logits in float32
 
 
 class RowSampling:
@@ -300,15 +300,11 @@ class SpecialRows:
 
     def logprobs(self, logits: Tensor, special: SpecialLines, choice: Tensor) -> LogprobDownload:
         """Of the tokens in choice [2, size], from the logits [L, V] as the model made them."""
-        lines = special.wanted
-        counts = self._sampling.num_logprobs[special.rows[lines]].tolist()
-        (index,) = upload([lines], logits.device)
-        top = max(1, *counts)
-        found = [
-            _gather_logprobs(logits[piece], choice[0, piece], top)
-            for piece in index.split(LOGPROB_LINES)
-        ]
-        return LogprobDownload(torch.cat(found), lines.tolist(), counts)
+        counts = self._sampling.num_logprobs[special.rows[special.wanted]]
+        counts = np.minimum(counts, logits.shape[1]).tolist()
+        (lines,) = upload([special.wanted], logits.device)
+        found = logprobs(logits, lines, choice[0], max(counts))
+        return LogprobDownload(found, special.wanted.tolist(), counts)
 
 
 def _at_least(
@@ -318,13 +314,3 @@ def _at_least(
     if memory is not None and len(memory) >= n:
         return memory
     return torch.empty((bucket_of(n), vocab), dtype=dtype, device=device)
-
-
-def _gather_logprobs(logits: Tensor, token_ids: Tensor, count: int) -> Tensor:
-    """[n, 3 + 2 count] float64: token, its log-probability and rank, then the most likely ones."""
-    logprobs = logits.float().log_softmax(-1)
-    own = logprobs.gather(1, token_ids.unsqueeze(1))
-    ranks = (logprobs > own).sum(-1, keepdim=True) + 1
-    values, ids = logprobs.topk(min(count, logprobs.shape[1]), dim=-1)
-    columns = (token_ids.unsqueeze(1), own, ranks, values, ids)
-    return torch.cat([column.double() for column in columns], 1)

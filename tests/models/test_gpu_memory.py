@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,7 @@ def model(tmp_path_factory: Any) -> Path:
 
 def limit_memory(spare: int) -> None:
     """Lets torch take `spare` bytes more than it holds."""
+    gc.collect()
     torch.cuda.empty_cache()
     total = torch.cuda.mem_get_info()[1]
     torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved() + spare) / total)
