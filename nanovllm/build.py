@@ -30,6 +30,7 @@ from nanovllm.models import registry
 from nanovllm.models.config import DecoderConfig
 from nanovllm.models.decoder import Decoder
 from nanovllm.platforms import Choice, Platform, choose_platform
+from nanovllm.runner.cpu_forward import CpuForward
 from nanovllm.runner.loader import fill_dummy_weights, load_weights
 from nanovllm.runner.memory import (
     check_context,
@@ -37,7 +38,7 @@ from nanovllm.runner.memory import (
     fit_cache,
     free_memory,
 )
-from nanovllm.runner.model_runner import ModelRunner
+from nanovllm.runner.model_runner import ModelRunner, by_operators
 from nanovllm.runner.sampler import BadWords
 from nanovllm.text.chat import ChatTemplate
 from nanovllm.text.tokenizer import Tokenizer
@@ -228,7 +229,8 @@ def _runner(
     try:
         if not platform.uses_triton:
             scope = cpu_ops.one_torch_thread if platform.uses_cpu_kernels else nullcontext
-            return ModelRunner(model, step_scope=scope, **options)
+            forward = CpuForward if CpuForward.fits(model) else by_operators
+            return ModelRunner(model, step_scope=scope, make_forward=forward, **options)
         from nanovllm.runner.gpu_runner import GpuModelRunner  # needs triton
 
         return GpuModelRunner(

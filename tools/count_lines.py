@@ -35,7 +35,7 @@ VALUES = (
     "interrupts",
 )
 # A faster form of what is in the core, which is its specification.
-FAST_PATH = re.compile("^(gpu_|cuda_graph)")
+FAST_PATH = re.compile("^(gpu_|cpu_|cuda_graph)")
 SKIPPED = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT}
 
 
@@ -72,7 +72,7 @@ def layers() -> dict[str, list[Path]]:
         files = sorted(folder.rglob("*.py"))
         fast = [path for path in files if FAST_PATH.search(path.stem)]
         if folder.name == "runner":
-            found["gpu runner"] = fast
+            found["fast runner"] = fast
             files = [path for path in files if path not in fast]
         if files:
             found[folder.name] = files

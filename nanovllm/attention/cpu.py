@@ -53,11 +53,9 @@ class CpuAttention:
         window: int | None,
     ) -> Tensor:
         """Stores k and v [T, G, D] into their slots, then attends q [T, H, D] -> [T, H, D]."""
-        cache = self._view(kv_cache)
-        self._ops.store(k, v, cache, batch.plan)
-        return self._ops.attend(q, cache, batch.plan, scale, window)
+        return self._ops.attend(q, k, v, self.view(kv_cache), batch.plan, scale, window)
 
-    def _view(self, kv_cache: Tensor) -> CacheView:
+    def view(self, kv_cache: Tensor) -> CacheView:
         """The checked view of one layer's cache: numbers only, the same for the same key."""
         key = (kv_cache.data_ptr(), kv_cache.shape, kv_cache.stride(), kv_cache.dtype)
         view = self._caches.get(key)

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from nanovllm.attention.base import AttentionBatch
 from nanovllm.engine.plan import RowResult, StepPlan, StepResult, TokenLogprobs
 from nanovllm.models.decoder import Decoder
 from nanovllm.runner.batch import Batch, build_batch
@@ -59,6 +60,14 @@ class PendingResult:
         return StepResult(self.plan.step_id, tuple(results))
 
 
+Forward = Callable[[Tensor, AttentionBatch], Tensor]  # token ids [T] -> hidden [T, hidden]
+
+
+def by_operators(model: Decoder, kv_cache: Tensor) -> Forward:
+    """The model's own forward pass."""
+    return lambda token_ids, batch: model.forward(token_ids, batch, kv_cache)
+
+
 class ModelRunner:
     """One model on one device, with its KV cache [layers, blocks, 2, G, slots, D]."""
 
@@ -76,6 +85,7 @@ class ModelRunner:
         bad_words: BadWords | None = None,
         constraints: ConstraintFactory | None = None,
         step_scope: Callable[[], AbstractContextManager[None]] = nullcontext,
+        make_forward: Callable[[Decoder, Tensor], Forward] = by_operators,
     ) -> None:
         c = model.config
         self.model = model
@@ -87,6 +97,7 @@ class ModelRunner:
             dtype=dtype,
             device=device,
         )
+        self._run_model = make_forward(model, self.kv_cache)
         self.rows = RowState(max_num_seqs, max_model_len, block_size, device)
         self._memory = StepMemory(self.rows)
         self._sampler = Sampler(self.rows, stop_ids, bad_words or BadWords())
@@ -108,7 +119,7 @@ class ModelRunner:
         """The plan's rows; a step that ran out of memory computes them in several such plans."""
         batch = build_batch(plan, self.rows, self.device)
         masks = self._constraints.begin(batch.sample_rows, self.rows.num_tokens, self._tokens_of)
-        hidden = self.model.forward(batch.token_ids, batch.attention, self.kv_cache)
+        hidden = self._run_model(batch.token_ids, batch.attention)
         prompt_logprobs = dict(self._prompt_logprobs(plan, hidden))
         sampled = self._sample(batch, hidden, masks)
         return PendingResult(plan, sampled, prompt_logprobs)

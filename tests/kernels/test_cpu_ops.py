@@ -15,6 +15,7 @@ from nanovllm.attention.base import AttentionBatch, AttentionSpec
 from nanovllm.attention.cpu import CpuAttention
 from nanovllm.kernels import cpu_ops
 from nanovllm.kernels.cpu import build
+from nanovllm.kernels.cpu.library import library
 
 OPS = cpu_ops.load()
 if isinstance(OPS, str):
@@ -395,13 +396,13 @@ def test_a_forked_child_does_not_hang():
 
 def test_no_compiler_is_a_reason_in_words(monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
-    cpu_ops._library.cache_clear()
+    library.cache_clear()
     try:
         assert "no C++ compiler" in cpu_ops.load()
         spec = AttentionSpec(8, 2, 64, 16, torch.float32, torch.device("cpu"))
         assert "no C++ compiler" in CpuAttention.unsupported(spec)
     finally:
-        cpu_ops._library.cache_clear()
+        library.cache_clear()
 
 
 def test_failing_compiler_is_a_reason_in_words(monkeypatch, tmp_path):

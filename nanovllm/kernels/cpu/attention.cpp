@@ -11,6 +11,52 @@ constexpr int kUnitRows = 192;            // rows (token, query head) that share
 constexpr long kSmallWork = 1 << 16;      // multiply-adds not worth a second thread
 constexpr long kTokensPerChunk = 8;       // of writes into the cache
 
+// Keys and values of new tokens, rows of [head][dim]; k is null if they are in the cache already.
+template <class Element>
+struct NewTokens {
+  const Element* k;
+  long k_row;
+  const Element* v;
+  long v_row;
+};
+
+template <class Kind>
+void store_head(const Cache& cache, long slot, long head, const typename Kind::Element* k,
+                const typename Kind::Element* v) {
+  using Element = typename Kind::Element;
+  constexpr int kDepth = Kind::kDepth;
+  Element* data = static_cast<Element*>(cache.data);
+  long block = slot / cache.block_size, offset = slot % cache.block_size;
+  Element* keys = data + cache.keys(block, head) + offset * kDepth;
+  for (long d = 0; d < cache.dim; d += kDepth, keys += cache.block_size * kDepth) {
+    std::memcpy(keys, k + d, kDepth * sizeof(Element));
+  }
+  Element* values = data + cache.values(block, head) + offset / kDepth * kDepth * cache.dim;
+  for (long d = 0; d < cache.dim; d++) values[d * kDepth + offset % kDepth] = v[d];
+}
+
+// Tokens [begin, end) of the batch.
+template <class Kind>
+void store_tokens(const Cache& cache, const Batch& batch,
+                  const NewTokens<typename Kind::Element>& from, long head, long begin, long end) {
+  for (long t = begin; t < end; t++) {
+    store_head<Kind>(cache, batch.slots[t], head, from.k + t * from.k_row + head * cache.dim,
+                     from.v + t * from.v_row + head * cache.dim);
+  }
+}
+
+template <class Kind>
+void store_all(const Cache& cache, const Batch& batch,
+               const NewTokens<typename Kind::Element>& from) {
+  long chunks = (batch.num_tokens + kTokensPerChunk - 1) / kTokensPerChunk;
+  parallel_for(static_cast<int>(chunks), [&](int chunk) {
+    long begin = chunk * kTokensPerChunk, end = std::min(batch.num_tokens, begin + kTokensPerChunk);
+    for (long head = 0; head < cache.num_heads; head++) {
+      store_tokens<Kind>(cache, batch, from, head, begin, end);
+    }
+  });
+}
+
 // Where there are too few units for the threads, spans are work units of their own.
 template <class Kind>
 struct Attention {
@@ -19,14 +65,24 @@ struct Attention {
   };
 
   Queries<Kind> a;
+  NewTokens<typename Kind::Element> fresh;
   std::vector<Part> parts = {};
   long most_spans = 1;
 
   void run() {
     long work = cut();
     int count = static_cast<int>(parts.size() * a.cache.num_heads);
+    bool by_spans = work >= kSmallWork && count < 2 * num_threads() && most_spans > 1;
+    // A unit of a whole sequence stores the tokens itself, into lines that it has had fetched.
+    bool stores = fresh.k && !by_spans && static_cast<long>(parts.size()) == a.batch.num_seqs;
+    if (fresh.k && !stores) store_all<Kind>(a.cache, a.batch, fresh);
+    if (by_spans) return run_spans(count);
     auto attend = [&](int i) {
       Unit<Kind> now = unit(i);
+      if (stores) {
+        const int32_t* tokens = a.batch.cu_q_lens + now.seq;
+        store_tokens<Kind>(a.cache, a.batch, fresh, now.keys.head, tokens[0], tokens[1]);
+      }
       now.prepare();
       int next = i + num_threads();
       if (next >= count) return now.run(nullptr);
@@ -35,8 +91,6 @@ struct Attention {
     };
     if (work < kSmallWork) {
       for (int i = 0; i < count; i++) attend(i);
-    } else if (count < 2 * num_threads() && most_spans > 1) {
-      run_spans(count);
     } else {
       parallel_for(count, attend);
     }
@@ -85,34 +139,6 @@ struct Attention {
   }
 };
 
-// Keys and values of new tokens, rows of [head][dim].
-template <class Element>
-struct NewTokens {
-  const Element* k;
-  long k_row;
-  const Element* v;
-  long v_row;
-};
-
-template <class Kind>
-void store_token(const Cache& cache, long slot, const NewTokens<typename Kind::Element>& from,
-                 long token) {
-  using Element = typename Kind::Element;
-  constexpr int kDepth = Kind::kDepth;
-  Element* data = static_cast<Element*>(cache.data);
-  long block = slot / cache.block_size, offset = slot % cache.block_size;
-  for (long head = 0; head < cache.num_heads; head++) {
-    const Element* k = from.k + token * from.k_row + head * cache.dim;
-    const Element* v = from.v + token * from.v_row + head * cache.dim;
-    Element* keys = data + cache.keys(block, head) + offset * kDepth;
-    for (long d = 0; d < cache.dim; d += kDepth, keys += cache.block_size * kDepth) {
-      std::memcpy(keys, k + d, kDepth * sizeof(Element));
-    }
-    Element* values = data + cache.values(block, head) + offset / kDepth * kDepth * cache.dim;
-    for (long d = 0; d < cache.dim; d++) values[d * kDepth + offset % kDepth] = v[d];
-  }
-}
-
 // The first sequence whose context names a block outside the cache, or -1.
 long first_bad_sequence(const Cache& cache, const Batch& batch) {
   for (long seq = 0; seq < batch.num_seqs; seq++) {
@@ -132,35 +158,33 @@ extern "C" {
 // Returns the index of the first slot outside the cache, or -1 when all went well.
 long nanovllm_store_kv(const Cache* cache, const Batch* batch, const void* k, long k_row,
                        const void* v, long v_row) {
-  long num_slots = cache->num_blocks * cache->block_size, num_tokens = batch->num_tokens;
-  long bad = first_outside(batch->slots, num_tokens, num_slots);
+  long bad = first_outside(batch->slots, batch->num_tokens, cache->num_slots());
   if (bad >= 0) return bad;
   with_element(cache->dtype, [&](auto zero) {
     using Element = decltype(zero);
-    using Kind = typename KindFor<Element>::Type;
-    NewTokens<Element> from{static_cast<const Element*>(k), k_row, static_cast<const Element*>(v),
-                            v_row};
-    long chunks = (num_tokens + kTokensPerChunk - 1) / kTokensPerChunk;
-    parallel_for(static_cast<int>(chunks), [&](int chunk) {
-      long end = std::min(num_tokens, (chunk + 1) * kTokensPerChunk);
-      for (long t = chunk * kTokensPerChunk; t < end; t++) {
-        store_token<Kind>(*cache, batch->slots[t], from, t);
-      }
-    });
+    store_all<typename KindFor<Element>::Type>(
+        *cache, *batch, {static_cast<const Element*>(k), k_row, static_cast<const Element*>(v),
+                         v_row});
   });
   return -1;
 }
 
-// Returns the first sequence with a block outside the cache, or -1 when all went well.
+// Stores k and v unless k is null, then attends. Returns -1 when all went well, the first sequence
+// with a block outside the cache, or -2 - t for a token t whose slot is.
 long nanovllm_attention(const Cache* cache, const Batch* batch, const void* q, long q_row,
-                        long num_heads, float scale, long window, void* out) {
+                        const void* k, long k_row, const void* v, long v_row, long num_heads,
+                        float scale, long window, void* out) {
   long bad = first_bad_sequence(*cache, *batch);
   if (bad >= 0) return bad;
+  bad = k ? first_outside(batch->slots, batch->num_tokens, cache->num_slots()) : -1;
+  if (bad >= 0) return -2 - bad;
   with_element(cache->dtype, [&](auto zero) {
     using Element = decltype(zero);
     using Kind = typename KindFor<Element>::Type;
-    Attention<Kind>{{*cache, *batch, static_cast<const Element*>(q), q_row, num_heads, scale,
-                     window, static_cast<Element*>(out)}}
+    Attention<Kind>{
+        {*cache, *batch, static_cast<const Element*>(q), q_row, num_heads, scale, window,
+         static_cast<Element*>(out)},
+        {static_cast<const Element*>(k), k_row, static_cast<const Element*>(v), v_row}}
         .run();
   });
   return -1;

@@ -20,6 +20,7 @@ struct Cache {
   long block_row;  // elements between blocks
   long num_heads, block_size, dim;
 
+  long num_slots() const { return num_blocks * block_size; }
   // Where the keys and the values of a head in a block begin, in elements.
   long keys(long block, long head) const { return block * block_row + head * block_size * dim; }
   long values(long block, long head) const { return keys(block, num_heads + head); }

@@ -173,7 +173,7 @@ void run_chunks(int num_chunks, ChunkFunction function, void* context) {
 }
 
 void* scratch(Slot slot, unsigned long bytes) {
-  static thread_local Buffer buffers[2];
+  static thread_local Buffer buffers[3];
   Buffer& buffer = buffers[static_cast<int>(slot)];
   if (buffer.bytes < bytes) {
     std::free(buffer.memory);

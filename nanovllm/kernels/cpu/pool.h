@@ -24,7 +24,7 @@ void parallel_for(int num_chunks, const Body& body) {
 
 // A buffer of this thread, at least `bytes` long, aligned to a cache line; `slot` tells the
 // buffers of one thread apart. The contents are lost at the next call with the same slot.
-enum class Slot { kActivations, kTile };
+enum class Slot { kActivations, kTile, kForward };
 void* scratch(Slot slot, unsigned long bytes);
 
 }  // namespace nanovllm
