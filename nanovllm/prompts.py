@@ -31,6 +31,8 @@ def encode_prompt(
     items = unpacked(prompt)
     if not isinstance(items, Sequence) or isinstance(items, (bytes, bytearray)):
         raise InvalidRequestError(f"a prompt must be a string or a list of token ids: {prompt!r}")
+    if set(map(type, items)) == {int}:
+        return None, list(items)  # as nearly always, and hundreds of thousands of tokens
     plain = [whole(item) for item in items]
     # What is no integer stays as it is: the engine names it.
     return None, [item if n is None else n for n, item in zip(plain, items, strict=True)]

@@ -129,10 +129,7 @@ class EngineCore:
 
     def validate(self, prompt_token_ids: TokenIds[int], params: SamplingParams) -> None:
         """Raises InvalidRequestError if a request with this prompt cannot be served."""
-        for token_id in prompt_token_ids:
-            if not isinstance(token_id, int) or isinstance(token_id, bool):
-                raise InvalidRequestError(f"a prompt token id must be an integer: {token_id!r}")
-            self._check_token_id("a prompt token id", token_id)
+        self._check_prompt(prompt_token_ids)
         self.scheduler.check(len(prompt_token_ids))
         for name in ("logit_bias", "allowed_token_ids", "stop_token_ids"):
             for token_id in getattr(params, name) or ():
@@ -140,6 +137,15 @@ class EngineCore:
 
         self._check_something_is_left(params)
         self.check_structure(params)
+
+    def _check_prompt(self, token_ids: TokenIds[int]) -> None:
+        plain = set(map(type, token_ids)) == {int}
+        if plain and min(token_ids) >= 0 and max(token_ids) < self.vocab_size:
+            return  # without a look at each: a long prompt's first token waits for this
+        for token_id in token_ids:
+            if not isinstance(token_id, int) or isinstance(token_id, bool):
+                raise InvalidRequestError(f"a prompt token id must be an integer: {token_id!r}")
+            self._check_token_id("a prompt token id", token_id)
 
     def check_structure(self, params: SamplingParams) -> None:
         """The part of `validate` that may take long; what it compiles is kept.

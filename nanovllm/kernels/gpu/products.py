@@ -46,13 +46,15 @@ def _product_kernel(
         w_row = w_ptr + n.to(tl.int64) * K
     if PDL:
         tl_cuda.gdc_wait()
+        if BLOCK_M == 16:  # room is left beside so small a tile: the next kernel may come
+            tl_cuda.gdc_launch_dependents()
     x_ptrs = x_ptr + m.to(tl.int64)[:, None] * K + k[None, :]
     acc = tl.zeros((BLOCK_M, w_row.shape[0]), tl.float32)
     for at in tl.range(0, K_PART, BLOCK_K, num_stages=STAGES):
         w = tl.load(w_row[:, None] + k[None, :] + at, mask=w_mask[:, None], other=0.0)
         x = tl.load(x_ptrs + at, mask=(m < M)[:, None], other=0.0)
         acc = tl.dot(x, w.T, acc, input_precision=PRECISION)
-    if PDL:  # not before: the next kernel's programs would take room from this one's
+    if PDL and BLOCK_M > 16:  # not before: its programs would take room from this kernel's
         tl_cuda.gdc_launch_dependents()
     spot = m[:, None] * N + n[None, :]
     mask = (m < M)[:, None] & (n < N)[None, :]
