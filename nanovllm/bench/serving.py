@@ -7,8 +7,11 @@ server has a process of its own, wherever it is.
 from __future__ import annotations
 
 import asyncio
+import ctypes
 import secrets
+import signal
 import subprocess
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import aclosing, contextmanager
 from dataclasses import dataclass, field
@@ -33,6 +36,7 @@ from nanovllm.errors import ConfigError, NanoVLLMError
 
 MEASURE_WORDS = (4, 32)  # few: they must fit a small context
 WARM_UP = "warm-up"
+PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,7 +168,9 @@ def _check_warm(warm: Measured) -> None:
 def own_server(command: Sequence[str], log: Path) -> Iterator[str]:
     """Starts a server, yields its URL, and ends it. Raises NanoVLLMError with its last words."""
     with log.open("wb") as errors:
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True)
+        process = subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=errors, text=True, preexec_fn=_end_with_parent
+        )
     try:
         assert process.stdout is not None
         for line in process.stdout:
@@ -184,3 +190,9 @@ def own_server(command: Sequence[str], log: Path) -> Iterator[str]:
             process.wait()
         if process.stdout is not None:
             process.stdout.close()
+
+
+def _end_with_parent() -> None:
+    """Runs in the child, so that even a killed benchmark leaves no server behind (on Linux)."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)

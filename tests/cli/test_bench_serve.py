@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import random
@@ -254,6 +255,26 @@ def test_an_own_server_on_the_demo_model(cli: Any, tiny: Path, tmp_path: Path) -
     result = bench(cli, *line)
     assert result.status == 0, result.err
     assert json.loads(file.read_text())["points"][0]["summary"]["num_done"] == 6
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells children of the end")
+def test_a_killed_benchmark_leaves_no_server_behind(tiny: Path) -> None:
+    flags = ["--model", str(tiny), "--concurrency", "1", "--num-requests", "100000"]
+    flags += ["--input-len", "60", "--output-len", "20"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "nanovllm.cli.main", "bench", "serve", *flags]
+    )
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    while not (found := children.read_text().split()):
+        assert process.poll() is None
+        time.sleep(0.05)
+    time.sleep(1)
+    process.kill()
+    process.wait()
+    server = Path(f"/proc/{found[0]}/stat")
+    with contextlib.suppress(OSError):  # the file goes with the process
+        while server.read_text().rsplit(")", 1)[1].split()[0] != "Z":
+            time.sleep(0.05)
 
 
 def test_an_interrupt_reports_the_loads_that_are_complete(tmp_path: Path) -> None:
