@@ -9,7 +9,9 @@ from typing import Any
 
 import pytest
 
-from nanovllm import LLM, Delta, RequestOutput, SamplingParams
+from nanovllm import LLM, Delta, RequestMetrics, RequestOutput, SamplingParams
+from nanovllm.engine.sequence import Sequence
+from nanovllm.requests import RequestTracker
 from nanovllm.trace.events import ListTracer, StepDone, StepPlanned
 
 OPTIONS: dict[str, Any] = {"dtype": "float32", "max_num_seqs": 4, "block_size": 8}
@@ -227,9 +229,33 @@ def test_metrics(llm: LLM) -> None:
     prompt = list(range(10, 60))
     llm.generate(prompt, max_tokens=1, use_tqdm=False)
     metrics = llm.generate(prompt, max_tokens=9, ignore_eos=True, use_tqdm=False).metrics
-    assert 0 <= metrics.queue_time <= metrics.time_to_first_token <= metrics.total_time < 60
+    assert 0 <= metrics.queue_time < metrics.time_to_first_token < metrics.total_time
     assert (metrics.num_prompt_tokens, metrics.num_generated_tokens) == (50, 9)
     assert (metrics.num_cached_tokens, metrics.num_preemptions) == (48, 0)
+
+
+def test_metrics_are_counted_from_the_arrival() -> None:
+    def metrics_of(**stats: float) -> RequestMetrics:
+        """Of a request that arrived at 100 and was ended at 160."""
+        seq = Sequence(0, [5, 6], SamplingParams(), request_id="a", arrival=100.0)
+        tracker = RequestTracker(None, lambda seq: None)
+        tracker.add("a", None, [5, 6], seq.params, [seq])
+        for name, value in stats.items():
+            setattr(seq.stats, name, value)
+        seq.token_ids += [7, 8, 9]
+        metrics = tracker.end(seq, "abort").metrics
+        assert metrics is not None
+        return metrics
+
+    assert metrics_of(
+        first_scheduled=103.0,
+        first_token=110.0,
+        finished=160.0,
+        num_cached_tokens=1,
+        num_preemptions=4,
+    ) == RequestMetrics(3.0, 10.0, 60.0, 2, 1, 3, 4)
+    # One that never ran waited to its end.
+    assert metrics_of(finished=160.0) == RequestMetrics(60.0, 60.0, 60.0, 2, 0, 3, 0)
 
 
 def test_salts_keep_caches_apart(llm: LLM) -> None:
@@ -241,6 +267,8 @@ def test_salts_keep_caches_apart(llm: LLM) -> None:
         return output.metrics.num_cached_tokens
 
     assert [cached("a"), cached("a"), cached("b"), cached(""), cached("b")] == [0, 32, 0, 0, 32]
+    # Text that is no Unicode is a salt as good as any, and not the empty one.
+    assert [cached("\ud800"), cached("\ud801"), cached("\ud800")] == [0, 0, 32]
 
 
 def test_events_tell_the_story(text_model: Path) -> None:

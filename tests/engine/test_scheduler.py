@@ -10,9 +10,9 @@ from simulated_kv import EOS, SimulatedKV, answer
 
 from nanovllm.engine.block_manager import BlockManager
 from nanovllm.engine.core import EngineCore
-from nanovllm.engine.plan import StepPlan
+from nanovllm.engine.plan import RowResult, StepPlan, StepResult
 from nanovllm.engine.scheduler import Scheduler
-from nanovllm.engine.sequence import Sequence, Status
+from nanovllm.engine.sequence import Sequence, SequenceStats, Status
 from nanovllm.errors import ContextLengthError, EngineClosedError, InvalidRequestError
 from nanovllm.sampling_params import SamplingParams
 from nanovllm.trace.events import ListTracer, SequenceAdmitted, SequencePreempted
@@ -134,6 +134,36 @@ def test_the_newest_of_the_lowest_priority_is_preempted() -> None:
         prompt, output = seq.token_ids[:7], seq.output_token_ids
         assert output == answer(prompt, b"", seq.seed, len(output))
         assert len(seq.token_ids) == 24
+
+
+def test_times_of_a_request() -> None:
+    """The clock ticks once a look, so events and stats of one moment agree exactly."""
+    engine = Engine(depth=1, max_num_seqs=1)
+    params = SamplingParams(max_tokens=3, ignore_eos=True)
+    seq = engine.add("a", 20, params, arrival=-5.0)  # two chunks
+    engine.add("b", 3, params)
+    engine.step()
+    assert seq.stats.first_token is None
+    engine.step()
+    first_token = seq.stats.first_token
+    for _ in range(2):
+        engine.scheduler._preempt(seq)
+        engine.step()
+    engine.finish()
+    events = [event for event in engine.tracer.events if getattr(event, "request_id", "") == "a"]
+    admitted, preempted, again, _, _, finished = events
+    assert seq.stats == SequenceStats(
+        arrival=-5.0,
+        first_scheduled=admitted.time,  # not the second time
+        first_token=first_token,
+        finished=finished.time,
+        num_cached_tokens=0,  # what was cached when it came, not what it cached itself
+        num_preemptions=2,
+    )
+    assert first_token is not None
+    assert admitted.time < first_token < preempted.time < again.time < finished.time
+    assert isinstance(again, SequenceAdmitted)
+    assert again.num_cached_tokens > 0
 
 
 def test_recomputing_after_preemption_uses_the_cache() -> None:
@@ -271,6 +301,22 @@ def test_sharers_of_a_failed_step_end_with_it() -> None:
         engine.core.step()
     assert unrelated.finish_reason == "length"
     assert unrelated.output_token_ids == answer(unrelated.token_ids[:9], b"", unrelated.seed, 55)
+
+
+def test_what_a_broken_row_computed_is_not_offered() -> None:
+    engine = Engine()
+    fine = engine.add("b", 9)
+    engine.step()
+    assert engine.blocks.num_cached == 2
+    broken = engine.add("a", 9)
+    assert fine.token_ids[:8] != broken.token_ids[:8]
+    engine.core._plan_ahead()  # the plan in which it is offered
+    assert engine.blocks.num_cached == 4
+    engine.scheduler.update(StepResult(1, (RowResult(0, (1,)), RowResult(1, error="not a number"))))
+    assert (broken.finish_reason, broken.block_table) == ("error", [])
+    assert engine.blocks.num_cached == 2
+    assert engine.blocks.find_prefix(fine)
+    engine.scheduler.check_integrity()
 
 
 def test_a_plan_that_the_executor_does_not_take(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,10 +10,12 @@ from typing import Any
 import pytest
 import transformers
 from tiny_models import SPECIAL_TOKENS, byte_level_tokenizer
+from tokenizers import Tokenizer as FastTokenizer
+from tokenizers import processors
 
 from nanovllm.errors import InvalidRequestError, ModelLoadError
 from nanovllm.text.chat import ChatTemplate
-from nanovllm.text.tokenizer import Tokenizer
+from nanovllm.text.tokenizer import LONG_TEXT, Tokenizer
 
 CHATML = """
 {%- if messages[0]['role'] != 'system' %}
@@ -269,3 +271,24 @@ def test_long_texts_are_encoded_alike(directory: Path) -> None:
     text = "The 龘 fox " * 600
     assert tokenizer.encode(text) == tokenizer._fast.encode(text).ids
     assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+def test_special_tokens_are_added_when_asked_for_at_any_length(directory: Path) -> None:
+    fast = FastTokenizer.from_file(str(directory / "tokenizer.json"))
+    fast.post_processor = processors.TemplateProcessing("<|end|> $0", None, [("<|end|>", 3)])
+    tokenizer = Tokenizer(fast, {})
+    for text in ("short", "long " * LONG_TEXT):
+        plain = tokenizer.encode(text, add_special_tokens=False)
+        assert 3 not in plain
+        assert tokenizer.encode(text) == [3, *plain]
+
+
+def test_prompts_are_never_cut_or_padded(directory: Path) -> None:
+    """Some tokenizer.json files still hold what their training used."""
+    fast = FastTokenizer.from_file(str(directory / "tokenizer.json"))
+    expected = fast.encode("a text of several words").ids
+    fast.enable_truncation(2)
+    fast.enable_padding(length=50)
+    cutting = FastTokenizer.from_str(fast.to_str())
+    assert len(cutting.encode("a text of several words").ids) == 50
+    assert Tokenizer(cutting, {}).encode("a text of several words") == expected
