@@ -113,3 +113,6 @@ def _choice(value: object) -> tuple[str, ...]:
             f"choice must be a list of strings, none of them empty: {value!r:.100}"
         )
     return items
+
+
+ANY_TEXT = StructuredOutput(regex=r"(?s:.*)")  # to get ready with

@@ -60,19 +60,24 @@ class Masks:
 
     def apply(self, logits: Tensor) -> dict[int, str]:
         """Forbids what the masks do in logits [L, V], in place; returns the errors."""
-        allowed = self._allowed(logits.device)[:, : logits.shape[1]]
-        kept = logits[self.lines].clamp_(min=LEAST_LOGIT)
-        logits[self.lines] = kept.masked_fill_(~allowed, float("-inf"))
+        forbidden = self._forbidden(logits.device)
+        forbidden = forbidden[:, : logits.shape[1]]
+        if logits.device.type == "cpu":  # without a copy of the rows
+            for line, mask in zip(self.lines, forbidden, strict=True):
+                logits[line].clamp_(min=LEAST_LOGIT).masked_fill_(mask, float("-inf"))
+        else:  # with few launches
+            kept = logits[self.lines].clamp_(min=LEAST_LOGIT)
+            logits[self.lines] = kept.masked_fill_(forbidden, float("-inf"))
         return self.errors
 
-    def _allowed(self, device: torch.device) -> Tensor:
-        """The masks as bool [C, 32 W] on a device."""
+    def _forbidden(self, device: torch.device) -> Tensor:
+        """The masks, turned around, as bool [C, 32 W] on a device."""
         if device.type == "cpu":
-            bits = np.unpackbits(self.bits.numpy().view(np.uint8), axis=1, bitorder="little")
+            bits = np.unpackbits((~self.bits.numpy()).view(np.uint8), axis=1, bitorder="little")
             return torch.from_numpy(bits).view(torch.bool)
         words = self.bits.to(device, non_blocking=True).unsqueeze(-1)
         shifts = torch.arange(32, dtype=torch.int32, device=device)
-        return ((words >> shifts) & 1).bool().flatten(1)
+        return ((words >> shifts) & 1).bool().logical_not_().flatten(1)
 
 
 @dataclass(slots=True)

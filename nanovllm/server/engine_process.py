@@ -30,6 +30,7 @@ from nanovllm.errors import NanoVLLMError
 from nanovllm.sampling_params import SamplingParams
 from nanovllm.server import messages
 from nanovllm.server.messages import Abort, Add, Command, Load, Shutdown, Stop
+from nanovllm.structured_output import ANY_TEXT
 from nanovllm.trace.events import Event
 
 logger = logging.getLogger("nanovllm.server")
@@ -256,6 +257,8 @@ def serve_engine(sock: socket.socket, config: EngineConfig, on_gone: Callable[[]
         events = EventBuffer()
         engine = build_engine(config, events)
         link.prepare = compiler_for(engine.core)
+        with contextlib.suppress(NanoVLLMError):  # whoever asks for a form is told then
+            engine.core.check_structure(SamplingParams(structured_output=ANY_TEXT))
         link.send(ready_message(engine.info))
         EngineLoop(engine.core, link, events).run()
         return True

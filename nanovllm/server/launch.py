@@ -199,6 +199,7 @@ class Run:
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGTERM, signal.SIGINT):
                 loop.add_signal_handler(number, self.stop)
+        self._service.structures.warm_up()
         await self._service.client.connect(self.worker.sock)
         engines = asyncio.create_task(self._keep_engine())
         engines.add_done_callback(self._end)

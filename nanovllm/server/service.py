@@ -99,7 +99,7 @@ class Service:
         self.num_open = 0  # requests that were admitted and not answered completely
         self.defaults = _sampling_defaults(files.generation)
         self._eos_token_ids = frozenset(files.eos_token_ids())
-        self._structures = StructureCompiler(tokenizer, files.eos_token_ids())
+        self.structures = StructureCompiler(tokenizer, files.eos_token_ids())
         source = template.source or ""
         self.reasons = "<think>" in source or tokenizer.token_id("<think>") is not None
         self.tool_style = tool_style(source)
@@ -152,13 +152,13 @@ class Service:
             params = replace(params, structured_output=structure)
         except InvalidRequestError as error:
             raise from_engine(error) from None
-        await self._structures.check(field, structure, self.limits().vocab_size)
+        await self.structures.check(field, structure)
         return params
 
     def close(self) -> None:
         """Ends the threads that work on requests' texts and forms."""
         self.prompts.close()
-        self._structures.close()
+        self.structures.close()
 
     def start(self, jobs: Sequence[Job]) -> Stream:
         """Raises ApiError 400 if the jobs can never fit, 429 if there are too many now."""

@@ -14,7 +14,7 @@ from nanovllm.errors import InvalidRequestError
 from nanovllm.grammar.compiler import GrammarCompiler
 from nanovllm.server.errors import ApiError, invalid
 from nanovllm.server.schemas import Request, ResponseFormat
-from nanovllm.structured_output import KINDS, StructuredOutput
+from nanovllm.structured_output import ANY_TEXT, KINDS, StructuredOutput
 from nanovllm.text.tokenizer import Tokenizer
 
 COMPILE_SECONDS = 10.0  # that a request waits at most, for its turn as well
@@ -74,18 +74,18 @@ class StructureCompiler:
     """
 
     def __init__(self, tokenizer: Tokenizer, eos_token_ids: Sequence[int]) -> None:
-        self._tokenizer = tokenizer
-        self._eos_token_ids = eos_token_ids
-        self._compiler: GrammarCompiler | None = None
+        self._compiler = GrammarCompiler(tokenizer, len(tokenizer), eos_token_ids)
         self._threads = ThreadPoolExecutor(2, thread_name_prefix="nanovllm-grammar")
 
     def close(self) -> None:
         self._threads.shutdown(wait=False, cancel_futures=True)
 
-    async def check(self, field: str, structure: StructuredOutput, vocab_size: int) -> None:
+    def warm_up(self) -> None:
+        """Reads the tokenizer ahead of the first request, on one of the threads."""
+        self._threads.submit(self._compiler, ANY_TEXT)
+
+    async def check(self, field: str, structure: StructuredOutput) -> None:
         """Raises ApiError that names the field if the structure cannot be compiled in time."""
-        if self._compiler is None:
-            self._compiler = GrammarCompiler(self._tokenizer, vocab_size, self._eos_token_ids)
         loop = asyncio.get_running_loop()
         try:
             async with asyncio.timeout(COMPILE_SECONDS):

@@ -124,7 +124,7 @@ def test_a_token_that_was_not_allowed(tokenizer: Any, compiler: GrammarCompiler)
         mask(constraint, len(tokenizer))
 
 
-# --- what the runner makes of constraints ---------------------------------------------------------
+# --- what the runner makes of constraints --------------------------------------------------------
 
 
 class Letters:
