@@ -279,7 +279,7 @@ def test_every_request_is_answered_once_whatever_ends_it(
 def test_an_engine_that_is_killed_ends_the_run_and_a_later_one_goes_on(
     cli: Any, tiny: Path, tmp_path: Path
 ) -> None:
-    long = [line(f"r{i}", max_tokens=150, min_tokens=150, ignore_eos=True) for i in range(60)]
+    long = [line(f"r{i}", max_tokens=150, min_tokens=150, ignore_eos=True) for i in range(30)]
     source, out = write(tmp_path / "in", long), tmp_path / "out"
     common = ["-i", str(source), "-o", str(out), "--model", str(tiny), "--max-num-seqs"]
     process = subprocess.Popen([*MODULE, *common, "2"], stderr=subprocess.PIPE, text=True)
@@ -292,9 +292,9 @@ def test_an_engine_that_is_killed_ends_the_run_and_a_later_one_goes_on(
     assert process.returncode == 2
     assert "the engine process ended" in err
     assert all(entry["error"] is None for entry in entries_without_torn(out))
-    assert len(entries(out)) < 60
-    assert cli("run-batch", *common, "60").status == 0
-    assert len({entry["custom_id"] for entry in entries(out)}) == len(entries(out)) == 60
+    assert len(entries(out)) < 30
+    assert cli("run-batch", *common, "30").status == 0
+    assert len({entry["custom_id"] for entry in entries(out)}) == len(entries(out)) == 30
 
 
 def entries_without_torn(path: Path) -> list[dict[str, Any]]:
