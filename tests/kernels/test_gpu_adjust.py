@@ -98,4 +98,8 @@ def test_logprobs_are_those_of_the_sampler():
     lines_of = special.SpecialLines(rows_of_lines, np.zeros(0, np.int64), lines, False)
     found = on_device.logprobs(logits, lines_of, choice).take()
     want = token_logprobs(logits[lines.tolist()], choice[0, lines.tolist()], [0, 3, 20])
-    assert [found[line] for line in lines.tolist()] == want
+    for line, wanted in zip(lines.tolist(), want, strict=True):
+        ours = found[line]
+        assert (ours.token_id, ours.rank) == (wanted.token_id, wanted.rank)
+        assert ours.logprob == pytest.approx(wanted.logprob, abs=1e-5)
+        assert [token for token, _ in ours.top] == [token for token, _ in wanted.top]

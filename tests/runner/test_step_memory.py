@@ -31,16 +31,16 @@ OPTIONS = {"skip_tokenizer_init": True, "dtype": "float32", "device": "cpu", "nu
 def open_limited(directory: Any, limit: int | None) -> tuple[LLM, list[int]]:
     """An engine whose forward pass has room for `limit` tokens, and the sizes it was given."""
     llm = LLM(str(directory), **OPTIONS)
-    model = llm._engine.core._executor._runner.model  # type: ignore[attr-defined]
-    forward, sizes = model.forward, []
+    runner = llm._engine.core._executor._runner  # type: ignore[attr-defined]
+    run_model, sizes = runner._run_model, []
 
     def limited(token_ids: torch.Tensor, *rest: Any) -> torch.Tensor:
         sizes.append(len(token_ids))
         if limit is not None and len(token_ids) > limit:
             raise torch.OutOfMemoryError(f"no room for {len(token_ids)} tokens")
-        return forward(token_ids, *rest)
+        return run_model(token_ids, *rest)
 
-    model.forward = limited
+    runner._run_model = limited
     return llm, sizes
 
 
