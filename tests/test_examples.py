@@ -20,6 +20,7 @@ PROMISED = {
     "chat": ("user: What is my name?", "assistant: "),
     "async_streaming": ("prefix caching?", "first word"),
     "prefix_caching": ("tokens cached",),
+    "structured_output": ("json    ", "years old", "choice  ", "[stop]"),
     "tracing": ("step 0: 64 tokens of 1 sequences", "of 2 sequences", "request-1 ends: length"),
 }
 
