@@ -12,7 +12,7 @@ from html import escape
 from importlib.resources import files
 from typing import Any
 
-from nanovllm.bench.serve_report import header, load_name, notes, rows, summaries
+from nanovllm.bench.serve_report import load_name, notes, summaries, tables
 from nanovllm.bench.summary import CURVE, TARGETS, Spread, Summary, in_flight
 from nanovllm.bench.svg import Series, axis, chart, number
 
@@ -239,10 +239,12 @@ def _timelines(runs: Sequence[Run]) -> Iterable[str]:
 
 def _results(run: Run, *, alone: bool) -> str:
     title = "Results" if alone else f"Results: {run.name}"
-    lines = [_row("th", header(run.content)), *(_row("td", line) for line in rows(run.content))]
+    shown = []
+    for head, *lines in tables(run.content):
+        rows = [_row("th", head), *(_row("td", line) for line in lines)]
+        shown.append(f'<div class="scroll"><table>{"".join(rows)}</table></div>')
     said = "".join(f'<p class="note">{escape(note)}</p>' for note in notes(run.content))
-    table = f'<div class="scroll"><table>{"".join(lines)}</table></div>'
-    return f"<section><h2>{escape(title)}</h2>{table}{said}</section>"
+    return f"<section><h2>{escape(title)}</h2>{''.join(shown)}{said}</section>"
 
 
 def _row(tag: str, cells: Iterable[str]) -> str:
@@ -280,6 +282,8 @@ def _words() -> str:
     told = "".join(
         f"<dt>{escape(name)}</dt><dd>{escape(text)}</dd>"
         for name, text in {
+            "in, out": "mean tokens of prompts and answers, as the server counted them",
+            "cached": "share of prompt tokens from the server's prefix cache, if it tells",
             "TTFT": "from sending a request to the first text of its answer",
             "ITL": "between two pieces of text; servers may put several tokens into one",
             "TPOT": "mean time per token after the first",

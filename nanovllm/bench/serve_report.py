@@ -6,7 +6,7 @@ import datetime
 import json
 import platform
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, astuple
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +20,9 @@ from nanovllm.errors import ConfigError
 
 KIND = "nanovllm bench serve"
 FORMAT = 1
-HEADER = (
-    *("load", "in", "out", "req/s", "out tok/s", "TTFT ms", "p99", "ITL ms", "p99"),
-    *("TPOT ms", "p99", "e2e ms", "p99", "late ms", "failed"),
-)
+RATES = ("load", "in", "out", "cached", "req/s", "out tok/s", "failed", "late ms")
+LATENCIES = ("ms", "load", "mean", "median", "p90", "p99", "max")
+NAMES = {"ttft": "TTFT", "itl": "ITL", "tpot": "TPOT", "e2el": "e2e"}
 
 
 def as_json(
@@ -129,40 +128,40 @@ def summaries(content: Mapping[str, Any]) -> list[Summary]:
     return [_summary(point["summary"]) for point in content["points"]]
 
 
-def rows(content: Mapping[str, Any]) -> list[tuple[str, ...]]:
-    """HEADER's columns for each load; a last one for goodput where there are targets."""
-    lines = []
-    for point, summary in zip(content["points"], summaries(content), strict=True):
-        spreads = (summary.ttft, summary.itl, summary.tpot, summary.e2el)
-        lines.append(
-            (
-                load_name(point["load"]),
-                f"{summary.prompt_tokens:.0f}",
-                f"{summary.output_tokens:.0f}",
-                f"{summary.request_rate:.2f}",
-                f"{summary.output_rate:,.1f}",
-                *(text for spread in spreads for text in _middle_and_tail(spread)),
-                _ms(summary.late),
-                str(summary.num_requests - summary.num_done),
-                *([] if summary.goodput is None else [f"{summary.goodput:.2f}"]),
-            )
-        )
-    return lines
+def tables(content: Mapping[str, Any]) -> list[list[tuple[str, ...]]]:
+    """Rates and latencies, each with its head first; goodput only where there are targets."""
+    named = [
+        (load_name(point["load"]), summary)
+        for point, summary in zip(content["points"], summaries(content), strict=True)
+    ]
+    head = (*RATES, "goodput/s") if content["targets_ms"] else RATES
+    rates = [head, *(_rates(name, summary) for name, summary in named)]
+    latencies: list[tuple[str, ...]] = [LATENCIES]
+    for part, word in NAMES.items():
+        for name, summary in named:
+            spread: Spread | None = getattr(summary, part)
+            if spread is not None:
+                latencies.append((word, name, *map(_ms, astuple(spread))))
+    return [rates, latencies] if len(latencies) > 1 else [rates]
 
 
-def header(content: Mapping[str, Any]) -> tuple[str, ...]:
-    return (*HEADER, "goodput/s") if content["targets_ms"] else HEADER
+def _rates(name: str, summary: Summary) -> tuple[str, ...]:
+    return (
+        name,
+        f"{summary.prompt_tokens:.0f}",
+        f"{summary.output_tokens:.0f}",
+        f"{summary.cached_share:.0%}",
+        f"{summary.request_rate:.2f}",
+        f"{summary.output_rate:,.1f}",
+        str(summary.num_requests - summary.num_done),
+        _ms(summary.late),
+        *([] if summary.goodput is None else [f"{summary.goodput:.2f}"]),
+    )
 
 
 def load_name(load: Mapping[str, Any]) -> str:
     value = f"{load['value']:g}"
     return f"{value}/s" if load["kind"] == "rate" else f"{value} client{'s' * (value != '1')}"
-
-
-def _middle_and_tail(spread: Spread | None) -> tuple[str, str]:
-    if spread is None:
-        return "", ""
-    return _ms(spread.median), _ms(spread.p99)
 
 
 def _ms(value: float) -> str:

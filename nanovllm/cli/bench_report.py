@@ -26,7 +26,7 @@ def run(options: argparse.Namespace) -> int:
     contents = [serve_report.read(Path(name)) for name in options.files]
     names = _names(options, [content["label"] for content in contents])
     for name, content in zip(names, contents, strict=True):
-        print(f"{name}\n{table([serve_report.header(content), *serve_report.rows(content)])}")
+        print("\n\n".join([name, *(table(rows) for rows in serve_report.tables(content))]) + "\n")
         for note in serve_report.notes(content):
             say(f"{name}, {note}", YELLOW)
     if options.html is not None:

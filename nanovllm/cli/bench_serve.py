@@ -136,7 +136,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _report(content: dict[str, Any], options: argparse.Namespace) -> None:
-    print(table([serve_report.header(content), *serve_report.rows(content)]))
+    print("\n\n".join(table(rows) for rows in serve_report.tables(content)))
     for note in serve_report.notes(content):
         say(note, YELLOW)
     if options.json is not None:

@@ -188,8 +188,10 @@ def test_a_live_server(
         page,
     )
     assert result.status == 0, result.err
-    lines = result.out.splitlines()
-    assert [line.split("  ")[0] for line in lines] == ["load", "1 client", "3 clients"]
+    rates, latencies = result.out.split("\n\n")
+    assert [text.split("  ")[0] for text in rates.splitlines()] == ["load", "1 client", "3 clients"]
+    words = [text.split()[0] for text in latencies.splitlines()]
+    assert words == ["ms", *(name for name in ("TTFT", "ITL", "TPOT", "e2e") for _ in range(2))]
     content = json.loads(file.read_text())
     for point in content["points"]:
         summary, requests = point["summary"], point["requests"]
@@ -246,7 +248,9 @@ def test_failures_are_counted_by_kind(cli: Any, tmp_path: Path) -> None:
     assert result.status == 0
     assert "2 failed (HTTP 429): the server says 429: full" in result.err
     assert "1 failed (cut off)" in result.err
-    assert " 3  " in result.out.splitlines()[1]
+    head, row = (re.split(r"  +", text) for text in result.out.splitlines()[:2])
+    shown = dict(zip(head, row, strict=True))
+    assert (shown["in"], shown["out"], shown["failed"]) == ("20", "2", "3")
 
 
 def test_an_own_server_on_the_demo_model(cli: Any, tiny: Path, tmp_path: Path) -> None:
@@ -300,7 +304,8 @@ def test_an_interrupt_reports_the_loads_that_are_complete(tmp_path: Path) -> Non
     assert process.returncode == 130
     assert "1 of 2 loads are complete" in err
     assert "Traceback" not in err
-    assert [line.split("  ")[0] for line in out.splitlines()] == ["load", "1 client"]
+    rates = out.split("\n\n")[0].splitlines()
+    assert [text.split("  ")[0] for text in rates] == ["load", "1 client"]
     assert len(json.loads((tmp_path / "out").read_text())["points"]) == 1
 
 
