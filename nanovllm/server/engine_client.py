@@ -304,7 +304,10 @@ async def watch(
     """Ends an engine that has been silent, or in one step, for longer than timeout seconds."""
     with contextlib.suppress(asyncio.CancelledError):
         while client.death is None:
+            began = time.monotonic()
             await asyncio.sleep(period)
+            if time.monotonic() - began > period + SILENT_SECONDS / 2:
+                continue  # this process was held up: the engine's reports wait to be read
             silent = client.silent_seconds if client.info is not None else 0.0
             if max(silent, client.busy_seconds) > timeout:
                 client.die(f"the engine hung: no progress for {timeout:g} s")

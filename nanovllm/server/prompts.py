@@ -23,6 +23,7 @@ from nanovllm.server.schemas import ROLES, ChatMessage, ContentPart, ToolSpec
 from nanovllm.text.chat import ChatTemplate
 from nanovllm.text.tokenizer import LONG_TEXT, Tokenizer
 
+MAX_NAMES = 1 << 15  # of special tokens in the texts of a conversation
 UNTRUSTED_ROLES = ("user", "tool")
 RESERVED = {
     "add_generation_prompt",
@@ -93,13 +94,13 @@ class PromptEncoder:
         variables = dict(variables or {})
         _check_variables(variables)
         mark = f"\ue000{secrets.token_hex(8)}\ue001"
-        plain = [self._plain(message, f"messages[{i}]", mark) for i, message in enumerate(messages)]
         specs = [_tool(tool, f"tools[{i}]") for i, tool in enumerate(tools or ())]
 
         def work() -> ChatPrompt:
+            plain = [self._plain(one, f"messages[{i}]", mark) for i, one in enumerate(messages)]
             return self._render(plain, specs, variables, add_generation_prompt, mark)
 
-        if sum(len(str(message.get("content"))) for message in plain) < LONG_TEXT:
+        if sum(map(_length, messages)) < LONG_TEXT:
             return work()
         return await asyncio.get_running_loop().run_in_executor(self._threads, work)
 
@@ -122,8 +123,15 @@ class PromptEncoder:
                 f"the chat template cannot render these messages ({type(error).__name__})",
                 "messages",
             ) from None
+        pieces = text.split(mark)
+        if len(pieces) > MAX_NAMES:
+            raise invalid(
+                f"messages hold {len(pieces) - 1} names of special tokens; at most {MAX_NAMES} are "
+                "taken apart",
+                "messages",
+            )
         token_ids: list[int] = []
-        for piece in text.split(mark):
+        for piece in pieces:
             token_ids += self._tokenizer.encode(piece, add_special_tokens=False)
         end = text.rstrip()
         reasoning = "none" if end.endswith("</think>") else "optional"
@@ -156,6 +164,14 @@ def _check_variables(variables: Mapping[str, Any]) -> None:
     for name in variables:
         if name in RESERVED or name.endswith("_token") or not name.isidentifier():
             raise invalid(f"chat_template_kwargs cannot set {name[:50]!r}", "chat_template_kwargs")
+
+
+def _length(message: ChatMessage) -> int:
+    """About the characters of a message, and at least one."""
+    content = message.content or ""
+    if isinstance(content, str):
+        return len(content) + 1
+    return sum(len(part.text or "") + 1 for part in content)
 
 
 def _text(message: ChatMessage, where: str) -> str:

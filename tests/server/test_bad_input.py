@@ -80,6 +80,28 @@ def test_wrong_type_and_size_of_body(live: Live) -> None:
             assert b" 413 " in sock.recv(100)
 
 
+@pytest.mark.parametrize(
+    ("path", "start", "value", "end"),
+    [
+        (TEXT, b'{"prompt":[', b"5,", b"5]}"),
+        (TEXT, b'{"prompt":[', b"[],", b"[]]}"),
+        (TEXT, b'{"prompt":"a","x":[', b"{},", b"{}]}"),
+        ("/detokenize", b'{"tokens":[', b"5,", b"5]}"),
+    ],
+)
+def test_bodies_of_too_many_values(
+    live: Live, path: str, start: bytes, value: bytes, end: bytes
+) -> None:
+    error = refused(live, path, start + value * (1 << 21) + end, 413, **JSON)
+    assert str(1 << 20) in error["message"]
+
+
+def test_too_many_names_of_special_tokens(live: Live) -> None:
+    content = "<think>" * 40_000
+    error = refused(live, CHAT, {"messages": [{"role": "user", "content": content}]})
+    assert "special tokens" in error["message"]
+
+
 def test_routes_models_and_methods(live: Live) -> None:
     error = refused(live, CHAT, {"model": "none", "messages": HELLO}, 404)
     assert (error["code"], error["param"]) == ("model_not_found", "model")
