@@ -53,7 +53,7 @@ struct KeyTile {
   };
   static constexpr int kMostSegments = kKeys / 8 + 1;  // blocks have at least 8 slots
 
-  Weights keys = {nullptr, 0, 0};
+  Scattered keys = {};
   Segment values[kMostSegments];
   int num_segments = 0;
 
@@ -89,7 +89,9 @@ struct KeyTile {
       add_values(a, data + cache.values(block, of.head) + offset * cache.dim, count, value_buffer);
       i += count;
     }
-    if (size % kLanes != 0) keys = Weights(buffer, keys.step, Kind::kBytes);
+    for (int v = 0; v < kTileVectors && size % kLanes != 0; v++) {
+      keys.base[v] = buffer + v * Kind::kBytes;
+    }
     for (int v = (end + kLanes - 1) / kLanes; v < kTileVectors; v++) keys.base[v] = keys.base[0];
   }
 
@@ -240,11 +242,11 @@ struct Unit {
   void attend(long p, long key, const KeyTile<Kind>& tile, const KeyTile<Kind>* next, State state) {
     int rows = panels.size(p);
     long first = panels.first(p);
-    Product<Kind> product{queries + first * a.query_row, tile.keys, num_steps<Kind>(a.cache.dim),
-                          scores, kKeys, true};
+    Product<Kind, Scattered> product{queries + first * a.query_row, tile.keys,
+                                     num_steps<Kind>(a.cache.dim), scores, kKeys, true};
     if (next) {
-      product.ahead.lines = kTileVectors;
-      std::copy_n(next->keys.base, kTileVectors, product.ahead.base);
+      product.weights.lines = kTileVectors;
+      std::copy_n(next->keys.base, kTileVectors, product.weights.ahead);
     }
     tile_rows<Kind, kTileVectors>(rows, product);
     for (int r = 0; r < rows; r++) soften(first + r, key, r, state);
@@ -258,23 +260,20 @@ struct Unit {
 
   void add_values(int rows, const typename KeyTile<Kind>::Segment& segment, const Act* weight,
                   const char* ahead, float* sums) {
-    long step = a.vectors * Kind::kBytes;
-    Product<Kind> product{weight, Weights(segment.base, step, Kind::kBytes), segment.steps,
-                          sums, a.padded, false};
+    Adjacent<Kind> values{segment.base, a.vectors * Kind::kBytes, ahead, 0, a.vectors * Kind::kBytes};
+    Product<Kind> product{weight, values, segment.steps, sums, a.padded, false};
+    product.weights.lines = ahead ? kTileVectors : 0;
     long vector = 0;
     for (; vector + kTileVectors <= a.vectors; vector += kTileVectors) {
-      if (ahead) product.ahead.lines = kTileVectors;
-      for (int l = 0; l < product.ahead.lines; l++) {
-        product.ahead.base[l] = ahead + (vector + l) * Kind::kBytes;
-      }
       tile_rows<Kind, kTileVectors>(rows, product);
-      product.weights.skip(kTileVectors * Kind::kBytes);
+      product.weights.base += kTileVectors * Kind::kBytes;
+      product.weights.ahead += kTileVectors * Kind::kBytes;
       product.out += kKeys;
     }
+    product.weights.lines = 0;
     for (; vector < a.vectors; vector++) {
-      product.ahead.lines = 0;
       tile_rows<Kind, 1>(rows, product);
-      product.weights.skip(Kind::kBytes);
+      product.weights.base += Kind::kBytes;
       product.out += kLanes;
     }
   }

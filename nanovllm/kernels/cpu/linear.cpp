@@ -27,13 +27,12 @@ struct Packed {
 template <class Kind>
 struct Group {
   long first, count;
-  Weights weights;
+  Adjacent<Kind> weights;
 
   Group(const Packed& w, long group)
       : first(group * kTileVectors),
         count(std::min<long>(kTileVectors, w.num_vectors() - first)),
-        weights(w.data + first * num_steps<Kind>(w.k) * Kind::kBytes, count * Kind::kBytes,
-                Kind::kBytes) {}
+        weights{w.data + first * num_steps<Kind>(w.k) * Kind::kBytes, count * Kind::kBytes} {}
 };
 
 template <class Kind>
@@ -51,7 +50,7 @@ Packed* pack(const typename Kind::Element* weight, long n, long k, int dtype) {
         long column = (group.first + v) * kLanes + j;
         columns[j] = column < n ? weight + column * k : zeros.data();
       }
-      char* out = const_cast<char*>(group.weights.base[v]);
+      char* out = const_cast<char*>(group.weights.vector(v));
       pack_columns<Kind>(columns, k, out, group.weights.step);
     }
   });
@@ -122,12 +121,13 @@ struct Linear {
     for (long step = 0; step < steps; step += slab) {
       for (long p = begin; p < end; p++) {
         int rows = panels.size(p);
+        fetch_ahead(group.weights, rows, p - begin, end - begin);
         multiply_panel(group, rows,
                        {act + panels.first(p) * act_row + step * rows, group.weights,
                         std::min(slab, steps - step), sums + (panels.first(p) - first_row) * kGroup,
-                        kGroup, step == 0, fetch_ahead(group, rows, p - begin, end - begin)});
+                        kGroup, step == 0});
       }
-      group.weights.skip(slab * group.weights.step);
+      group.weights.base += slab * group.weights.step;
     }
     for (long row = first_row; row < panels.first(end); row++) {
       finish(g, sums + (row - first_row) * kGroup, out + row * w.n);
@@ -137,20 +137,23 @@ struct Linear {
   // While a slab is used, its panels share the fetching of the next one into the second-level
   // cache; a single panel never stops and fetches what it needs a little later (the more rows,
   // the fewer steps does the processor look ahead by itself). Distances by measurement.
-  static Ahead fetch_ahead(const Group<Kind>& group, int rows, long panel, long num_panels) {
-    Ahead ahead = {{}, num_panels == 1 ? 4 : num_panels < 4 ? 2 : 1};
-    if (panel * ahead.lines >= 4) return {{}, 0};
-    const char* base = group.weights.base[0] + panel * ahead.lines * 64;
-    base += num_panels > 1 ? kSlab * group.weights.step : rows <= 3 ? 4096 : 8192;
-    for (int l = 0; l < ahead.lines; l++) ahead.base[l] = base + l * 64;
-    return ahead;
+  static void fetch_ahead(Adjacent<Kind>& weights, int rows, long panel, long num_panels) {
+    weights.lines = num_panels == 1 ? 4 : num_panels < 4 ? 2 : 1;
+    weights.ahead_step = weights.lines * 64;
+    if (num_panels == 1) {
+      weights.ahead = weights.base + (rows <= 3 ? 4096 : 8192);
+    } else if (panel * weights.lines < 4) {
+      weights.ahead = weights.base + kSlab * (weights.step + panel * weights.ahead_step);
+    } else {
+      weights.lines = 0;
+    }
   }
 
   static void multiply_panel(const Group<Kind>& group, int rows, Product<Kind> product) {
     if (group.count == kTileVectors) return tile_rows<Kind, kTileVectors>(rows, product);
     for (long v = 0; v < group.count; v++) {
       tile_rows<Kind, 1>(rows, product);
-      product.weights.skip(Kind::kBytes);
+      product.weights.base += Kind::kBytes;
       product.out += kLanes;
     }
   }
@@ -175,7 +178,7 @@ void embedding(const Packed& w, const int64_t* ids, long count, typename Kind::E
   using Element = typename Kind::Element;
   for (long i = 0; i < count; i++, out += w.k) {
     Group<Kind> group(w, ids[i] / kGroup);
-    const char* row = group.weights.base[0] + ids[i] % kGroup * Kind::kDepth * sizeof(Element);
+    const char* row = group.weights.base + ids[i] % kGroup * Kind::kDepth * sizeof(Element);
     for (long k = 0; k < w.k; k += Kind::kDepth, row += group.weights.step) {
       std::memcpy(out + k, row, std::min<long>(Kind::kDepth, w.k - k) * sizeof(Element));
     }

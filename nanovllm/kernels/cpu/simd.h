@@ -108,11 +108,16 @@ inline Vec load(const Half* p) {
 inline void store(float* p, Vec v) { std::memcpy(p, &v, sizeof v); }
 
 inline void store(Bf16* p, Vec v) {
+#if defined(__AVX512BF16__)
+  __m256bh half = _mm512_cvtneps_pbh((__m512)v);  // subnormals become 0, as in its products
+  std::memcpy(p, &half, sizeof half);
+#else
   VecBits bits = bit_cast<VecBits>(v);
   VecBits rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
   VecBits is_nan = (VecBits)(v != v);
   VecHalf half = __builtin_convertvector((is_nan & 0x7fc0u) | (~is_nan & rounded), VecHalf);
   std::memcpy(p, &half, sizeof half);
+#endif
 }
 
 inline uint16_t half_from_float(float x) {

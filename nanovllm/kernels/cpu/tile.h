@@ -58,29 +58,42 @@ using TileBf16 = DotBf16;
 using TileBf16 = Fma<Bf16>;
 #endif
 
-// Where a tile's weights lie: vector v of step s begins at base[v] + s * step.
-struct Weights {
-  const char* base[kTileVectors];
-  long step;
+// Where a tile's weights lie, and what is fetched into the second-level cache meanwhile: `lines`
+// cache lines a step. Both kinds are used up by a product, step by step.
 
-  // Vectors side by side.
-  Weights(const char* first, long step, long vector) : step(step) {
-    for (int v = 0; v < kTileVectors; v++) base[v] = first + v * vector;
-  }
-  void skip(long bytes) {
-    for (const char*& b : base) b += bytes;
+// The vectors of a step side by side.
+template <class Kind>
+struct Adjacent {
+  const char* base;
+  long step;
+  const char* ahead = nullptr;
+  long lines = 0, ahead_step = 0;
+
+  const char* vector(int v) const { return base + v * Kind::kBytes; }
+  void next() {
+    for (long l = 0; l < lines; l++) __builtin_prefetch(ahead + l * 64, 0, 2);
+    ahead += ahead_step;
+    base += step;
   }
 };
 
-// Memory to fetch into the second-level cache meanwhile: the line at base[l] + s * step (of the
-// weights) in step s, for each l < lines.
-struct Ahead {
+// Each vector from a place of its own, and the lines at the same distances from other places.
+struct Scattered {
   const char* base[kTileVectors];
-  int lines;
+  long step;
+  const char* ahead[kTileVectors] = {};
+  int lines = 0;
+  long at = 0;
+
+  const char* vector(int v) const { return base[v] + at; }
+  void next() {
+    for (int l = 0; l < lines; l++) __builtin_prefetch(ahead[l] + at, 0, 2);
+    at += step;
+  }
 };
 
 // One product: `act` begins at a slab of a panel, `out` has rows `out_row` floats apart.
-template <class Kind>
+template <class Kind, class Weights = Adjacent<Kind>>
 struct Product {
   const typename Kind::Act* act;
   Weights weights;
@@ -88,11 +101,10 @@ struct Product {
   float* out;
   long out_row;
   bool fresh;  // out is written without being read, else added to
-  Ahead ahead = {{}, 0};
 };
 
-template <class Kind, int kRows, int kVectors>
-inline __attribute__((always_inline)) void tile(Product<Kind> p) {
+template <class Kind, int kRows, int kVectors, class Weights>
+inline __attribute__((always_inline)) void tile(Product<Kind, Weights> p) {
   Vec sums[kRows][kVectors];
 #pragma GCC unroll 8
   for (int r = 0; r < kRows; r++) {
@@ -101,14 +113,13 @@ inline __attribute__((always_inline)) void tile(Product<Kind> p) {
       sums[r][v] = p.fresh ? Vec{} : load(p.out + r * p.out_row + v * kLanes);
     }
   }
-  long at = 0;
   for (long slab = 0; slab < p.steps; slab += kSlab, p.act += kRows * kSlab) {
     long count = p.steps - slab < kSlab ? p.steps - slab : kSlab;
-    for (long s = 0; s < count; s++, at += p.weights.step) {
+    for (long s = 0; s < count; s++) {
       typename Kind::Operand w[kVectors];
 #pragma GCC unroll 8
-      for (int v = 0; v < kVectors; v++) w[v] = Kind::weight(p.weights.base[v] + at);
-      for (int l = 0; l < p.ahead.lines; l++) __builtin_prefetch(p.ahead.base[l] + at, 0, 2);
+      for (int v = 0; v < kVectors; v++) w[v] = Kind::weight(p.weights.vector(v));
+      p.weights.next();
 #pragma GCC unroll 8
       for (int r = 0; r < kRows; r++) {
         typename Kind::Operand a = Kind::broadcast(p.act + r * kSlab + s);
@@ -124,8 +135,8 @@ inline __attribute__((always_inline)) void tile(Product<Kind> p) {
   }
 }
 
-template <class Kind, int kVectors>
-void tile_rows(int rows, const Product<Kind>& p) {
+template <class Kind, int kVectors, class Weights>
+void tile_rows(int rows, const Product<Kind, Weights>& p) {
   switch (rows) {
     case 1: return tile<Kind, 1, kVectors>(p);
     case 2: return tile<Kind, 2, kVectors>(p);
