@@ -61,6 +61,42 @@ Likely: dict[str, Any] = {
     "priority": st.integers(-5, 5),
     "timings": st.booleans(),
 }
+Schema = Json | st.sampled_from(
+    [
+        {"type": "object"},
+        {"type": "integer"},
+        {"enum": ["a", 1, None]},
+        {"$ref": "#"},
+        {"type": "x"},
+    ]
+)
+Grammar = st.text(max_size=12) | st.sampled_from(
+    [
+        "a{3}",
+        "(",
+        "start: x",
+        'start: "a" start | "b"',
+        'root ::= "a"*',
+        "start: /(/",
+        "\x00",
+        "a/b",
+    ]
+)
+Choices = st.lists(st.text(max_size=5), max_size=3)
+Forms = {
+    "response_format": st.fixed_dictionaries(
+        {"type": st.sampled_from(["text", "json_object", "json_schema", "x"])},
+        optional={"json_schema": st.fixed_dictionaries({"name": Text, "schema": Schema})},
+    ),
+    "structured_outputs": st.fixed_dictionaries(
+        {},
+        optional={"json": Schema, "regex": Grammar, "grammar": Grammar, "choice": Choices},
+    ),
+    "guided_json": Schema,
+    "guided_regex": Grammar,
+    "guided_grammar": Grammar,
+    "guided_choice": Choices,
+}
 Message = st.fixed_dictionaries(
     {"role": st.sampled_from(["system", "developer", "user", "assistant", "tool"])},
     optional={
@@ -96,7 +132,9 @@ Chat = Likely | {
     "logprobs": st.booleans(),
     "top_logprobs": st.integers(0, 20),
     "tools": Tools,
-    "tool_choice": st.sampled_from(["auto", "none"]),
+    "tool_choice": st.sampled_from(
+        ["auto", "none", "required", {"type": "function", "function": {"name": "f"}}]
+    ),
     "parallel_tool_calls": st.booleans(),
     "chat_template_kwargs": st.dictionaries(st.sampled_from(["enable_thinking", "x"]), Json),
     "add_generation_prompt": st.booleans(),
@@ -155,6 +193,32 @@ def test_chat(live: Live, body: dict[str, Any]) -> None:
 @given(body=bodies(Completion, "prompt"))
 def test_completions(live: Live, body: dict[str, Any]) -> None:
     check(live, "/v1/completions", body)
+
+
+@FUZZ
+@given(
+    path=st.sampled_from(["/v1/chat/completions", "/v1/completions"]),
+    form=st.sampled_from(sorted(Forms)).flatmap(
+        lambda name: st.fixed_dictionaries({name: Forms[name]})
+    ),
+    more=st.fixed_dictionaries({}, optional=Forms | Likely),
+)
+def test_forms(live: Live, path: str, form: dict[str, Any], more: dict[str, Any]) -> None:
+    """One form, and sometimes a second one or anything else beside it."""
+    body = {"messages": [{"role": "user", "content": "x"}], "prompt": "x", "max_tokens": 4}
+    check(live, path, body | more | form)
+    check(live, path, body | form)
+
+
+@FUZZ
+@given(tools=Tools, choice=Chat["tool_choice"], parameters=Schema)
+def test_tools(live: Live, tools: list[Any], choice: Any, parameters: Any) -> None:
+    tools = [*tools, {"type": "function", "function": {"name": "f", "parameters": parameters}}]
+    body = {"messages": [{"role": "user", "content": "x"}], "max_tokens": 4}
+    for style in ("tagged", "pythonic"):
+        live.service.tool_style = style
+        check(live, "/v1/chat/completions", body | {"tools": tools, "tool_choice": choice})
+    live.service.tool_style = "tagged"
 
 
 @FUZZ
