@@ -262,6 +262,8 @@ class BlockManager:
         assert counts == self._ref_counts, "reference counts differ from the block tables"
         free = {block for block, count in enumerate(counts) if count == 0}
         assert free == set(self._free), "the free list differs from the unreferenced blocks"
+        cached = [self._contents[block] is not None for block in self._free]
+        assert cached == sorted(cached), "an empty block stands behind a cached one"
         for key, block in self._cached.items():
             content = self._contents[block]
             assert content is not None, f"cached block {block} has no content"

@@ -283,6 +283,22 @@ def test_bad_requests_leave_no_trace() -> None:
         engine.core.add("c", [1], ENDLESS)
 
 
+def test_something_must_be_left_to_choose() -> None:
+    engine = Engine()
+    for options in (
+        {"allowed_token_ids": [EOS]},
+        {"allowed_token_ids": [EOS, 1], "stop_token_ids": [1]},
+        {"allowed_token_ids": [1], "stop_token_ids": [1, 2]},
+    ):
+        with pytest.raises(InvalidRequestError, match="min_tokens=1 forbids every token"):
+            engine.core.add("a", [1], SamplingParams(min_tokens=1, **options))
+        engine.core.add("b", [1], SamplingParams(min_tokens=0, **options))
+        engine.core.abort("b")
+    engine.core.add("c", [1], SamplingParams(min_tokens=1, allowed_token_ids=[EOS, 2]))
+    engine.core.abort("c")
+    assert engine.core.is_finished
+
+
 def test_sharers_of_a_failed_step_end_with_it() -> None:
     """The second plan in flight started on blocks that the first one never filled."""
     engine = Engine(budget=12)
