@@ -43,6 +43,7 @@ from nanovllm.runner.sampler import BadWords
 from nanovllm.text.chat import ChatTemplate
 from nanovllm.text.tokenizer import Tokenizer
 from nanovllm.trace.events import Tracer
+from nanovllm.trace.startup import StartUp, line_of
 
 logger = logging.getLogger("nanovllm")
 
@@ -65,6 +66,7 @@ class EngineInfo:
     max_num_batched_tokens: int
     vocab_size: int
     load_seconds: float
+    startup: dict[str, float]  # seconds of each part, from the start of the process
     notes: tuple[str, ...]
 
 
@@ -92,19 +94,24 @@ class Engine:
 
 def build_engine(config: EngineConfig, tracer: Tracer | None = None) -> Engine:
     """Raises ConfigError, ModelLoadError or OutOfMemoryError; nothing is left behind then."""
+    start = StartUp()
     started = time.monotonic()
     files = find_model(config.model)
     decoder = registry.read_config(files.config)
     check_context(config, decoder)
     tokenizer = None if config.skip_tokenizer_init else files.tokenizer()
+    start.lap("tokenizer")
     platform = choose_platform(config, decoder, files.config)
     ready = _start_compiling(config, decoder, platform)
+    start.lap("device")
     model = _load(config, decoder, platform, files.directory)
+    start.lap("weights")
     limits = _fit(config, decoder, platform)
     for note in limits.notes:
         logger.warning(note)
     model.finish_loading(platform.device, limits.max_model_len)
     ready()
+    start.lap("kernels")
     eos_token_ids = files.eos_token_ids()
     compiler = None
     if tokenizer is not None:
@@ -131,6 +138,8 @@ def build_engine(config: EngineConfig, tracer: Tracer | None = None) -> Engine:
         clock=time.monotonic,
         check_structure=compiler,
     )
+    start.lap("KV cache")
+    logger.info(line_of(start.seconds))
     info = EngineInfo(
         model=config.model,
         device=str(platform.device),
@@ -139,6 +148,7 @@ def build_engine(config: EngineConfig, tracer: Tracer | None = None) -> Engine:
         block_size=platform.block_size,
         vocab_size=decoder.vocab_size,
         load_seconds=time.monotonic() - started,
+        startup=start.seconds,
         **asdict(limits),
     )
     template = files.chat_template(tokenizer) if tokenizer else ChatTemplate(None, {})

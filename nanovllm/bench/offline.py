@@ -29,10 +29,13 @@ SHIFT = 1009  # a run's ids: coprime to everything here, so that prompts differ 
 WARM_UP_TOKENS = 4
 DEFAULT_CONTEXT = 4096
 COLD_START = (
-    "import json, sys, nanovllm;"
+    "import json, sys, time, nanovllm;"
+    "from nanovllm.trace.startup import line_of;"
     "llm = nanovllm.LLM(**json.loads(sys.argv[1]));"
+    "ready = time.monotonic();"
     "next(llm.stream([1, 2, 3], max_tokens=2, temperature=0, ignore_eos=True));"
-    "print('token', flush=True)"
+    "print('token', flush=True);"
+    "print(line_of(llm.info.startup, time.monotonic() - ready), file=sys.stderr)"
 )
 
 
@@ -145,8 +148,13 @@ def generate(llm: LLM, case: Case, max_tokens: int | None = None) -> list[Reques
     return outputs
 
 
-def cold_start(options: dict[str, Any], repeats: int) -> Result:
-    """From the start of a process to its first token, the interpreter and torch included."""
+def cold_start(
+    options: dict[str, Any], repeats: int, tell: Callable[[str], None] = lambda text: None
+) -> Result:
+    """From the start of a process to its first token, the interpreter and torch included.
+
+    tell gets a line for each repeat: where its time went.
+    """
     seconds = []
     command = [sys.executable, "-c", COLD_START, json.dumps(options)]
     for _ in range(repeats):
@@ -161,6 +169,7 @@ def cold_start(options: dict[str, Any], repeats: int) -> Result:
         if first != "token\n":
             reason = (errors.strip().splitlines() or ["no reason given"])[-1]
             raise nanovllm.NanoVLLMError(f"the cold start failed: {reason}")
+        tell(errors.strip().splitlines()[-1])
     median = statistics.median(seconds)
     return Result(
         case="cold start",

@@ -58,11 +58,16 @@ def add_arguments(parser: Parser) -> None:
     )
     parser.add_argument("--repeats", type=int, default=3, metavar="N", help="the median counts")
     parser.add_argument("--json", metavar="FILE", help="write everything to a file")
+    parser.add_argument(
+        "--verbose", action="store_true", help=f"say where the time of each {COLD_START} goes"
+    )
     add_engine_flags(parser)
 
 
 def run(options: argparse.Namespace) -> int:
     cases = _cases(options)
+    if options.verbose and COLD_START not in options.workload:
+        refuse("bench", f"--verbose tells of {COLD_START} alone: name that workload")
     engine = given(options, EngineConfig)
     EngineConfig.from_kwargs(**engine)
     if options.json:
@@ -75,7 +80,8 @@ def run(options: argparse.Namespace) -> int:
         cold, results = [], []
         if COLD_START in options.workload:  # first: an engine of ours would hold the memory
             status.show("cold start ...")
-            cold = [offline.cold_start(chosen, options.repeats)]
+            tell = [say] if options.verbose else []
+            cold = [offline.cold_start(chosen, options.repeats, *tell)]
         if cases:
             done = offline.run_cases(cases, chosen, repeats=options.repeats, tell=status.show)
             results += done.results

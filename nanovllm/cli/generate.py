@@ -18,6 +18,7 @@ from nanovllm import InvalidRequestError, RequestOutput, SamplingParams, StepErr
 from nanovllm.cli.flags import Parser, add_engine_flags, add_sampling_flags, refuse
 from nanovllm.cli.session import Session, answer, open_session, speed
 from nanovllm.cli.terminal import BOLD, say, write_answer
+from nanovllm.trace.startup import line_of
 
 DEFAULT_QUESTION = "What is a KV cache?"
 INTERRUPT_STATUS = 130
@@ -33,6 +34,9 @@ def add_arguments(parser: Parser) -> None:
         "--json", action="store_true", help="print one JSON object when the answer is complete"
     )
     parser.add_argument("--quiet", action="store_true", help="nothing on stderr but errors")
+    parser.add_argument(
+        "--verbose", action="store_true", help="also say where the time of the start went"
+    )
     add_sampling_flags(parser)
     add_engine_flags(parser)
 
@@ -40,6 +44,8 @@ def add_arguments(parser: Parser) -> None:
 def run(options: argparse.Namespace) -> int:
     if options.raw and options.system is not None:
         refuse("generate", "--raw sends the prompt alone: give --system or --raw, not both")
+    if options.quiet and options.verbose:
+        refuse("generate", "--quiet says nothing and --verbose more: give one of them")
     prompt, is_default = _prompt(options.prompt)
     session = open_session(options)
     params = SamplingParams.from_kwargs(**session.sampling)
@@ -56,6 +62,8 @@ def run(options: argparse.Namespace) -> int:
         print("\n\n".join(completion.text for completion in output.outputs), flush=True)
     if not options.quiet:
         say(f"[{speed(output)}{_why_ended(output)}]")
+    if options.verbose and output.metrics is not None:
+        say(line_of(session.llm.info.startup, output.metrics.time_to_first_token))
     session.llm.close()
     if output.finish_reason == "error":
         raise StepError(f"the answer is not complete: {output.outputs[0].error}")

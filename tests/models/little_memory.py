@@ -51,7 +51,7 @@ def run(model: str, spare: int, when: str, options: dict[str, Any]) -> dict[str,
     outputs = llm.generate(PROMPTS, PARAMS, use_tqdm=False)
     llm.close()
     answers = [
-        [[(t, entry[t].logprob) for t, entry in zip(o.token_ids, o.logprobs or [], strict=True)]]
+        [(t, entry[t].logprob) for t, entry in zip(o.token_ids, o.logprobs or [], strict=True)]
         for o in outputs
     ]
     errors = [o.outputs[0].error for o in outputs if o.outputs[0].error]
