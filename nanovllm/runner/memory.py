@@ -112,6 +112,7 @@ def check_weights_fit(num_bytes: int, device: torch.device, share: float) -> Non
 def free_memory(device: torch.device, share: float) -> int:
     """Bytes that weights and KV cache may still take on device."""
     if device.type == "cuda":
+        torch.cuda.empty_cache()  # what torch keeps of tensors that are gone, a closed engine's say
         free, total = torch.cuda.mem_get_info(device)
         return int(min(free - CUDA_RESERVE_BYTES, total * share - (total - free)))
     return int(available_host_memory() * share) - CPU_RESERVE_BYTES

@@ -88,6 +88,15 @@ def test_a_cpu_is_not_filled_to_the_brim(monkeypatch: pytest.MonkeyPatch) -> Non
     assert fit(kv_cache_memory_bytes=20 * BLOCK).num_blocks == 20
 
 
+def test_memory_of_a_closed_engine_is_free_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    kept = [60 << 30]  # with torch, of tensors that are gone
+    total = 140 << 30
+    monkeypatch.setattr(torch.cuda, "empty_cache", kept.clear)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (total - sum(kept), total))
+    free = memory.free_memory(torch.device("cuda"), 1.0)
+    assert free == total - memory.CUDA_RESERVE_BYTES
+
+
 @pytest.mark.parametrize("free_bytes", [BLOCK - 1, 0, -(1 << 30)])
 def test_no_room_for_one_block(free_bytes: int) -> None:
     with pytest.raises(OutOfMemoryError, match="no room for a KV cache: one block of 16 slots"):
