@@ -8,9 +8,10 @@ A canary request is repeated before, during and after. What must hold at the end
 seen, is in the table that is printed and in the JSON file; the exit status is 1 if a check failed.
 
 Flat means, of samples a second from the second fifth of the run to its end: the median of the last
-fifth is at most 5% (and 8 MiB) above that of the first one, and a line through all of them would
-rise by at most 1% a minute. File descriptors and threads, once the clients are gone, are at most
-as many as before they came (after one request of each kind). Knows the server only from outside.
+fifth is at most 5%, or 8 MiB, above that of the first one, and a line through all of them rises by
+at most 1% a minute (in short runs: 8 MiB in all). File descriptors and threads, once the
+clients are gone, are at most as many as before they came. Before comes a warm-up: a request of each
+kind, and the largest bodies at once. Knows the server only from outside.
 """
 
 from __future__ import annotations
@@ -269,7 +270,7 @@ def arguments(line: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--seconds", type=float, default=600)
     parser.add_argument("--clients", type=int, default=24, help="at once")
     parser.add_argument("--model", default="demo")
-    parser.add_argument("--num-kv-blocks", type=int, default=48)
+    parser.add_argument("--num-kv-blocks", type=int, default=32)
     parser.add_argument("--max-num-seqs", type=int, default=12)
     parser.add_argument("--max-waiting", type=int, default=16)
     parser.add_argument("--max-model-len", type=int, default=512)
