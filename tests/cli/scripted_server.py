@@ -81,6 +81,8 @@ class Scripted:
                     return
 
     def close(self) -> None:
+        with contextlib.suppress(OSError):
+            self._listener.shutdown(socket.SHUT_RDWR)  # else the accepting thread keeps it open
         self._listener.close()
 
 

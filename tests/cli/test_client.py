@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import socket
 from contextlib import aclosing
 from typing import Any
 
@@ -100,10 +101,10 @@ def test_what_breaks_is_one_line_with_a_kind(name: str) -> None:
 
 
 def test_nothing_listens() -> None:
-    with scripted() as server:
-        server.close()
-        with pytest.raises(RemoteError, match="nothing listens") as caught:
-            collect(server.url)
+    with socket.create_server(("127.0.0.1", 0)) as closed:
+        port = closed.getsockname()[1]
+    with pytest.raises(RemoteError, match="nothing listens") as caught:
+        collect(f"http://127.0.0.1:{port}")
     assert caught.value.kind == "connection refused"
 
 
