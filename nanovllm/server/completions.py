@@ -73,11 +73,10 @@ async def _admit(service: Service, request: CompletionRequest) -> _Completion:
     if asked is not None:
         params = await service.constrain(params, *asked)
     prompts = validate.split_prompts(request.prompt)
-    jobs = []
-    for prompt in prompts:
-        job = await _job(service, request, params, prompt)
+    validate.check_count(len(prompts) * params.n, limits)
+    jobs = await _jobs(service, request, params, prompts)
+    for job in jobs:
         validate.check_prompt(job.token_ids, limits, "prompt")
-        jobs.append(job)
     decode = service.tokenizer.decode
     shown = [
         (job.text if job.text is not None else decode(job.token_ids)) if request.echo else ""
@@ -88,14 +87,22 @@ async def _admit(service: Service, request: CompletionRequest) -> _Completion:
     return _Completion(service, request, model, stream, shown, reply_id, int(time.time()))
 
 
-async def _job(
-    service: Service, request: CompletionRequest, params: SamplingParams, prompt: str | list[int]
-) -> Job:
-    text = prompt if isinstance(prompt, str) else None
-    if isinstance(prompt, str):
-        special = request.add_special_tokens is not False
-        prompt = await service.prompts.encode(prompt, add_special_tokens=special) if prompt else []
-    return Job(prompt, params, text, request.priority or 0, request.cache_salt or "")
+async def _jobs(
+    service: Service,
+    request: CompletionRequest,
+    params: SamplingParams,
+    prompts: list[str | list[int]],
+) -> list[Job]:
+    texts = [prompt for prompt in prompts if isinstance(prompt, str)]
+    special = request.add_special_tokens is not False
+    encoded = iter(await service.prompts.encode_all(texts, add_special_tokens=special))
+    priority, salt = request.priority or 0, request.cache_salt or ""
+    return [
+        Job(next(encoded), params, prompt, priority, salt)
+        if isinstance(prompt, str)
+        else Job(prompt, params, None, priority, salt)
+        for prompt in prompts
+    ]
 
 
 # --- one answer ---------------------------------------------------------------------------------

@@ -72,6 +72,19 @@ class PromptEncoder:
             return work()
         return await asyncio.get_running_loop().run_in_executor(self._threads, work)
 
+    async def encode_all(
+        self, texts: Sequence[str], *, add_special_tokens: bool = True
+    ) -> list[list[int]]:
+        """Of each text; an empty one has no tokens, not even special ones."""
+
+        def work() -> list[list[int]]:
+            encode = self._tokenizer.encode
+            return [encode(t, add_special_tokens=add_special_tokens) if t else [] for t in texts]
+
+        if sum(len(text) + 1 for text in texts) < LONG_TEXT:
+            return work()
+        return await asyncio.get_running_loop().run_in_executor(self._threads, work)
+
     async def decode(self, token_ids: Sequence[int]) -> str:
         """The text of token ids, with the names of special tokens."""
 

@@ -161,13 +161,9 @@ class Service:
         self.structures.close()
 
     def start(self, jobs: Sequence[Job]) -> Stream:
-        """Raises ApiError 400 if the jobs can never fit, 429 if there are too many now."""
+        """Raises ApiError 429 if there are too many now; they were checked to fit at all."""
         limits = self.limits()
         wanted = sum(job.params.n for job in jobs)
-        if wanted > limits.max_sequences:
-            raise ApiError(
-                400, f"{wanted} completions in one request; {limits.max_sequences} fit", param="n"
-            )
         if self.client.num_sequences + wanted > limits.max_sequences:
             self.metrics.rejected("queue_full")
             raise ApiError(

@@ -192,6 +192,12 @@ def check_token_ids(token_ids: Sequence[int] | Mapping[int, Any], size: int, par
         raise invalid(f"a token id of {param} must be in [0, {size - 1}], got {wrong}", param)
 
 
+def check_count(wanted: int, limits: Limits) -> None:
+    """Raises ApiError if one request asks for more completions than may ever run and wait."""
+    if wanted > limits.max_sequences:
+        raise invalid(f"{wanted} completions in one request; {limits.max_sequences} fit", "n")
+
+
 def check_prompt(token_ids: Sequence[int], limits: Limits, param: str) -> None:
     """Raises ApiError unless the prompt leaves room for a token in context and KV cache."""
     if not token_ids:

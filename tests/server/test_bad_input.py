@@ -96,6 +96,18 @@ def test_bodies_of_too_many_values(
     assert str(1 << 20) in error["message"]
 
 
+def test_too_many_prompts_are_counted_before_they_are_read(
+    live: Live, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[Any] = []
+    monkeypatch.setattr(live.service.prompts, "encode_all", lambda *a, **b: read.append(a))
+    for prompts in (["a"] * 50_000, [[]] * 50_000):
+        error = refused(live, TEXT, {"prompt": prompts})
+        assert error["message"].startswith("50000 completions in one request")
+    assert not read
+    monkeypatch.undo()  # for the request that follows
+
+
 def test_too_many_names_of_special_tokens(live: Live) -> None:
     content = "<think>" * 40_000
     error = refused(live, CHAT, {"messages": [{"role": "user", "content": content}]})
