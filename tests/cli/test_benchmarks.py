@@ -57,3 +57,14 @@ def test_peak_memory(script: Any, tmp_path: Path) -> None:
 
 def test_wall(script: Any) -> None:
     assert script("startup").wall([sys.executable, "-c", "import time; time.sleep(0.2)"], 1) > 0.2
+
+
+def test_cpu_decode(
+    script: Any, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = str(tmp_path / "out.json")
+    line = "--batches 1,3 --context 9 --output 40 --repeats 1 --json"
+    monkeypatch.setattr(sys, "argv", ["benchmarks/cpu_decode.py", *line.split(), file])
+    script("cpu_decode").main()
+    assert list(json.loads(Path(file).read_text())["tokens_per_second"]) == ["batch 1", "batch 3"]
+    assert "batch 3" in capsys.readouterr().out

@@ -9,7 +9,7 @@
 namespace nanovllm {
 namespace {
 
-constexpr long kChunkElements = 1 << 14;  // below this a second thread costs more than it saves
+constexpr long kChunkElements = 1 << 12;  // below this a second thread costs more than it saves
 
 // Calls body(row) for all rows, in chunks of at least kChunkElements.
 template <class Body>
