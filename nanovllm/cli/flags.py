@@ -7,6 +7,7 @@ are allowed is the record's own business. Imports no torch.
 from __future__ import annotations
 
 import argparse
+import json
 import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import Field, fields
@@ -49,6 +50,8 @@ HELP = {  # where the record's own words do not fit a command line, or there are
     "seed": "fixes the random choices; another seed gives another answer",
     "tensor_parallel_size": "devices that one model is spread over",
     "max_tokens": "tokens to generate at most; without it the context is the limit",
+    "structured_output": 'the form of the text: {"json": SCHEMA}, {"regex": ...}, {"grammar": ...} '
+    'or {"choice": [...]}',
 }
 DESCRIPTIONS = {
     "sampling": "What is not said here is as in the model's generation_config.json where that says "
@@ -197,6 +200,8 @@ def _value_options(field: Field[Any]) -> dict[str, Any]:
     kind = str(field.type)
     if kind.startswith("bool"):
         return {"action": argparse.BooleanOptionalAction}
+    if "StructuredOutput" in kind:
+        return {"type": structure, "metavar": "JSON"}
     if "Mapping" in kind:
         return {"type": id_bias, "metavar": "ID=BIAS,..."}
     if "tuple[int" in kind:
@@ -234,6 +239,17 @@ def id_bias(text: str) -> Mapping[int, float]:
         return {int(token_id): float(bias) for token_id, bias in pairs}
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r} is no list like 50=-100,31=5") from None
+
+
+def structure(text: str) -> Mapping[str, Any]:
+    """The form of a text, in StructuredOutput's names. Raises ValueError."""
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        value = None
+    if not isinstance(value, dict):
+        raise argparse.ArgumentTypeError(f'{text!r:.60} is no JSON like {{"regex": "[a-z]+"}}')
+    return value
 
 
 def refuse(command: str, message: str) -> NoReturn:

@@ -151,6 +151,8 @@ def as_request(sampling: Mapping[str, Any]) -> dict[str, Any]:
     body = {name: value for name, value in sampling.items() if value is not None}
     if "logit_bias" in body:
         body["logit_bias"] = {str(i): bias for i, bias in body["logit_bias"].items()}
+    if "structured_output" in body:  # servers use the plural
+        body["structured_outputs"] = body.pop("structured_output")
     return body
 
 

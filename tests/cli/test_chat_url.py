@@ -129,12 +129,15 @@ def test_every_failure_is_one_line_and_the_chat_goes_on(talk: Any) -> None:
 
 def test_only_what_was_set_is_sent(talk: Any) -> None:
     with scripted(*[stream(delta("x"), DONE)] * 2) as server:
-        talk(server.url, "a", "/set logit_bias 5=-1", "/set stop end", "/set max_tokens none", "b")
+        form = '/set structured_output {"choice": ["a"]}'
+        bias = "/set logit_bias 5=-1"
+        talk(server.url, "a", bias, "/set stop end", "/set max_tokens none", form, "b")
         first, second = (body for _, _, body in server.requests[1:])
     assert set(first) == {"model", "messages", "stream", "stream_options"}
     assert first["model"] == "scripted"
     assert second["logit_bias"] == {"5": -1}
     assert second["stop"] == ["end"]
+    assert second["structured_outputs"] == {"choice": ["a"]}
     assert "max_tokens" not in second
 
 

@@ -108,7 +108,8 @@ def test_flags_become_options(cli: Any) -> None:
         "--kv-cache-memory-bytes 1.5GiB --no-enable-prefix-caching --max-model-len 64 --seed 5 "
         "--stop a --stop b --logit-bias 3=-1.5,4=2 --stop-token-ids 7,8 --top-p 0.5"
     )
-    options = parser.parse(line.split())
+    form = {"regex": "[a b]"}
+    options = parser.parse([*line.split(), "--structured-output", json.dumps(form)])
     assert flags.given(options, EngineConfig) == {
         "kv_cache_memory_bytes": 3 << 29,
         "enable_prefix_caching": False,
@@ -119,6 +120,7 @@ def test_flags_become_options(cli: Any) -> None:
         "stop": ["a", "b"],
         "logit_bias": {3: -1.5, 4: 2.0},
         "stop_token_ids": [7, 8],
+        "structured_output": form,
         "top_p": 0.5,
         "seed": 5,
     }
@@ -131,6 +133,8 @@ WRONG = {
     "generate --frobnicate": "unknown flag --frobnicate",
     "generate two words": "unexpected argument 'words'",
     "generate hi --top-k x": "--top-k",
+    "generate hi --structured-output [1]": "is no JSON like",
+    "generate hi --structured-output {}": "exactly one",
     "generate hi --temperature nan": "temperature must be a number in [0, 100]",
     "generate hi --top-p 2": "top_p must be a number in (0, 1], got 2.0",
     "generate hi --max-tokens 0": "max_tokens must be an integer of at least 1",
