@@ -179,3 +179,18 @@ def test_requests_with_stop_strings(
         assert deltas[-1].finish_reason in ("stop", "abort")  # a last character may be held back
     else:
         assert output.text == whole
+
+
+def test_stop_strings_count_from_min_tokens_on() -> None:
+    tokenizer, stopped = byte_level(), []
+    params = SamplingParams(stop="X", min_tokens=3)
+    seq = Sequence(0, [1], params, request_id="r")
+    tracker = RequestTracker(tokenizer, stopped.append)
+    request = tracker.add("r", None, [1], params, [seq])
+    for number, letter in enumerate("aXbX", 1):
+        assert not stopped, f"after {number - 1} tokens"
+        (token_id,) = tokenizer.encode(letter)
+        seq.token_ids.append(token_id)
+        tracker.apply(SequenceUpdate(seq, (token_id,)))
+    assert stopped == [seq]
+    assert (request.text, request.finish_reason, request.stop_reason) == ("aXb", "stop", "X")
