@@ -73,7 +73,7 @@ struct State {
       scale(r, exp(splat(highest[r] - top))[0]);
       float factor = exp(splat(later.highest[r] - top))[0];
       for (long i = r * row; i < (r + 1) * row; i += kLanes) {
-        store(sums + i, load(sums + i) + load(later.sums + i) * splat(factor));
+        store(sums + i, fma(load(later.sums + i), splat(factor), load(sums + i)));
       }
       total[r] += later.total[r] * factor;
       highest[r] = top;

@@ -20,7 +20,7 @@ logger = logging.getLogger("nanovllm")
 
 SOURCE_DIR = Path(__file__).parent
 COMPILERS = ("g++", "c++", "clang++")
-FLAGS = ("-std=gnu++17", "-O3", "-fPIC", "-pthread", "-ffp-contract=fast", "-w")
+FLAGS = ("-std=gnu++17", "-O3", "-fPIC", "-pthread", "-ffp-contract=off", "-w")
 NATIVE_FLAGS = ("-march=native", "-mcpu=native", None)  # the first that the compiler takes
 
 

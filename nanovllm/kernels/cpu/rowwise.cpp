@@ -35,7 +35,7 @@ Vec inverse_rms(const T* x, long n, float eps) {
   Vec squares{};
   for_vectors(n, [&](long i, int count) {
     Vec v = load_part(x + i, count);
-    squares += v * v;
+    squares = fma(v, v, squares);
   });
   return splat(1.0f / std::sqrt(sum(squares) / n + eps));
 }
@@ -63,8 +63,8 @@ void rope_head(T* head, long dim, const float* cos_sin) {
   for_vectors(half, [&](long i, int count) {
     Vec a = load_part(head + i, count), b = load_part(head + half + i, count);
     Vec c = load_part(cos_sin + i, count), s = load_part(cos_sin + half + i, count);
-    store_part(head + i, a * c - b * s, count);
-    store_part(head + half + i, b * c + a * s, count);
+    store_part(head + i, fma(a, c, Vec{} - b * s), count);
+    store_part(head + half + i, fma(b, c, a * s), count);
   });
 }
 
@@ -79,8 +79,8 @@ void norm_rope_head(T* head, const T* weight, long dim, float eps, const float* 
     a = rounded<T>(a * load_part(weight + i, count));
     b = rounded<T>(b * load_part(weight + half + i, count));
     Vec c = load_part(cos_sin + i, count), s = load_part(cos_sin + half + i, count);
-    store_part(head + i, a * c - b * s, count);
-    store_part(head + half + i, b * c + a * s, count);
+    store_part(head + i, fma(a, c, Vec{} - b * s), count);
+    store_part(head + half + i, fma(b, c, a * s), count);
   });
 }
 

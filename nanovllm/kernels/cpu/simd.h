@@ -67,6 +67,20 @@ inline Vec splat(float x) { return x - Vec{}; }
 
 inline Vec max(Vec a, Vec b) { return a > b ? a : b; }
 
+// a * b + c, rounded once where the processor can. Always called by name: a compiler left to form
+// it does so or not by what is around it, and equal sums would differ.
+inline Vec fma(Vec a, Vec b, Vec c) {
+#if defined(__AVX512F__)
+  return (Vec)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#elif defined(__FMA__)
+  return (Vec)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#elif defined(__aarch64__)
+  return (Vec)vfmaq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b);
+#else
+  return a * b + c;
+#endif
+}
+
 // ---- loads: any element type to float32
 
 inline Vec load(const float* p) {
@@ -201,16 +215,17 @@ inline Vec exp(Vec x) {
   Vec n = (Vec)_mm512_roundscale_ps((__m512)(x * 1.44269504f), 0);
 #else
   const Vec shift = splat(0x1.8p23f);
-  Vec n = (x * 1.44269504f + shift) - shift;
+  Vec n = fma(x, splat(1.44269504f), shift) - shift;
 #endif
-  Vec r = x - n * 0x1.62ep-1f - n * 0x1.0bfbe8p-15f;
+  Vec r = fma(n, splat(-0x1.62ep-1f), x);
+  r = fma(n, splat(-0x1.0bfbe8p-15f), r);
   Vec p = splat(1.0f / 720);
-  p = p * r + 1.0f / 120;
-  p = p * r + 1.0f / 24;
-  p = p * r + 1.0f / 6;
-  p = p * r + 0.5f;
-  p = p * r + 1.0f;
-  p = p * r + 1.0f;
+  p = fma(p, r, splat(1.0f / 120));
+  p = fma(p, r, splat(1.0f / 24));
+  p = fma(p, r, splat(1.0f / 6));
+  p = fma(p, r, splat(0.5f));
+  p = fma(p, r, splat(1.0f));
+  p = fma(p, r, splat(1.0f));
 #if defined(__AVX512F__)
   return (Vec)_mm512_scalef_ps((__m512)p, (__m512)n);
 #else

@@ -34,7 +34,9 @@ struct Fma {
 
   static Operand weight(const char* p) { return load(reinterpret_cast<const Weight*>(p)); }
   static Operand broadcast(const Act* p) { return splat(*p); }
-  static void accumulate(Vec& sum, Operand act, Operand weight) { sum += act * weight; }
+  static void accumulate(Vec& sum, Operand act, Operand weight) {
+    sum = fma(act, weight, sum);
+  }
 };
 
 #if defined(__AVX512BF16__)
