@@ -16,10 +16,12 @@ from typing import Any, Protocol
 Delta = dict[str, Any]
 
 CALLS_MARK, ARGS_MARK, ID_MARK = "[TOOL_CALLS]", "[ARGS]", "[CALL_ID]"
+_STRING = r'"(?:[^"\\]|\\["\\/bfnrt]|\\u[0-9a-fA-F]{4})*"'
 _HEAD = re.compile(
-    r'\s*\{\s*"name"\s*:\s*("(?:[^"\\]|\\.)*")\s*,\s*"(?:arguments|parameters)"\s*:\s*(?=\{)'
+    rf'\s*\{{\s*"name"\s*:\s*({_STRING})\s*,\s*"(?:arguments|parameters)"\s*:\s*(?=\{{)'
 )
-_NAMED_HEAD = re.compile(r"\s*([\w.\-]+)(?:\[CALL_ID\][\w\-]*)?\[ARGS\]\s*(?=\{)")
+NAME = r"[\w.\-]+"  # of a function, where it stands without quotes
+_NAMED_HEAD = re.compile(rf"\s*({NAME})(?:\[CALL_ID\][\w\-]*)?\[ARGS\]\s*(?=\{{)")
 
 
 class CallReader(Protocol):

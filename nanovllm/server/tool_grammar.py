@@ -6,14 +6,16 @@ Arguments satisfy the tool's JSON schema. Lark's syntax with llguidance's `%json
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Sequence
+from keyword import iskeyword
 from typing import Any
 
 from nanovllm.errors import InvalidRequestError
 from nanovllm.grammar.sources import json_schema, lark_string, mark
 from nanovllm.server.output_parser import CALL, END_CALL
 from nanovllm.server.schemas import FunctionSpec
-from nanovllm.server.tool_calls import ARGS_MARK, CALLS_MARK
+from nanovllm.server.tool_calls import ARGS_MARK, CALLS_MARK, NAME
 
 TokenId = Callable[[str], int | None]
 NO_ARGUMENTS = {"type": "object", "properties": {}, "additionalProperties": False}
@@ -86,6 +88,11 @@ def _json_call(i: int, function: FunctionSpec, style: str, token_id: TokenId) ->
 
 def _named_call(i: int, function: FunctionSpec, style: str, token_id: TokenId) -> list[str]:
     """f[ARGS]{...}"""
+    if not re.fullmatch(NAME, function.name):
+        raise InvalidRequestError(
+            f"the name {function.name[:50]!r} of a function cannot be written in this model's "
+            "calls: letters, digits, _, - and . can"
+        )
     head = f"{lark_string(function.name)} {mark(ARGS_MARK, token_id(ARGS_MARK))}"
     return [f"f{i}: {head} a{i}", f"a{i}: %json {_dumped(_parameters(function))}"]
 
@@ -99,10 +106,13 @@ def _python_call(i: int, function: FunctionSpec, style: str, token_id: TokenId) 
     properties = schema.get("properties", {})
     if not isinstance(properties, dict):
         raise InvalidRequestError(f"properties of {function.name[:50]!r} must be an object")
-    required = [name for name in properties if name in schema.get("required", ())]
+    wanted = schema.get("required", [])
+    if not isinstance(wanted, list):
+        raise InvalidRequestError(f"required of {function.name[:50]!r} must be a list of names")
+    required = [name for name in properties if name in wanted]
     optional = [name for name in properties if name not in required]
-    for name in (function.name.replace(".", "_"), *properties):
-        if not name.isidentifier():
+    for name in (*function.name.split("."), *properties):
+        if not name.isidentifier() or iskeyword(name):
             raise InvalidRequestError(
                 f"the name {name[:50]!r} of function {function.name[:50]!r} cannot be written in "
                 "this model's calls, which have Python's syntax"

@@ -83,6 +83,15 @@ def call(name: str, arguments: str) -> dict[str, Any]:
             said(None, tool_calls=[call("f", "{}")]),
         ),
         ('<tool_call>{"name": "f"}</tool_call>', said(None, tool_calls=[call("f", "{}")])),
+        *(
+            (text, said(text))
+            for name in (r"\x", r"\u12", r"a\'b")
+            if (text := f'<tool_call>{{"name": "{name}", "arguments": {{}}}}</tool_call>')
+        ),
+        (
+            r'<tool_call>{"name": "\u0066\/", "arguments": {}}</tool_call>',
+            said(None, tool_calls=[call("f/", "{}")]),
+        ),
         (
             '<tool_call>{"name": "f", "arguments": {"a": [1',
             said(None, tool_calls=[call("f", '{"a": [1')]),
@@ -224,6 +233,7 @@ def test_halves_of_characters_never_leave() -> None:
 
 PIECES = ["<think>", "</think>", "<tool_call>", "</tool_call>", "\n", " ", "a", "<", '"', "\\"]
 PIECES += ["{", "}", '{"name": "f", "arguments": {', '"x": [1, "}"]', '{"name": "', CALL, BARE]
+PIECES += ['", "arguments": {', "\\u", "u0066"]
 PIECES += ["[TOOL_CALLS]", "[ARGS]", "[CALL_ID]x", "[", "]", ",", "(", ")", "f", "=", "'", "1"]
 PIECES += ["[f(a=1)", "g(b='x')", "[g()]", "[TOOL_CALLS]f[ARGS]", f"[TOOL_CALLS][{BARE}"]
 

@@ -307,6 +307,29 @@ def test_refused_parameters_of_tools(live: Live, monkeypatch: pytest.MonkeyPatch
             assert assert_error(answer)["param"] in ("tools", "tool_choice")
 
 
+@pytest.mark.parametrize(
+    ("style", "name", "parameters"),
+    [
+        ("mistral-named", "two words", {}),
+        ("mistral-named", "", {}),
+        ("pythonic", "a..b", {}),
+        ("pythonic", "import", {}),
+        ("pythonic", "send", {"properties": {"from": {"type": "string"}}}),
+        ("pythonic", "send", {"properties": {"a": {}}, "required": True}),
+        ("pythonic", "send", {"properties": {"a": {}}, "required": None}),
+    ],
+)
+def test_calls_that_could_not_be_read_back_are_not_forced(
+    live: Live, monkeypatch: pytest.MonkeyPatch, style: str, name: str, parameters: Any
+) -> None:
+    monkeypatch.setattr(live.service, "tool_style", style)
+    tools = [{"type": "function", "function": {"name": name, "parameters": parameters}}]
+    body = ASK | {"tools": tools, "tool_choice": "required", "max_tokens": 3}
+    status, _, answer = request(live.port, "POST", CHAT, body)
+    assert status == 400, answer
+    assert assert_error(answer)["param"] == "tools"
+
+
 def test_health_while_hostile_structures_are_compiled(live: Live) -> None:
     """Compiling is away from the event loop and from the engine."""
     done = threading.Event()
