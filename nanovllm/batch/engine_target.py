@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 from typing import Any, Self
 
 from nanovllm.batch.target import ENGINE_ENDED
@@ -19,6 +20,7 @@ from nanovllm.server.launch import END_SECONDS, EngineProcess, make_service
 from nanovllm.server.service import ServerConfig, Service
 from nanovllm.server.streams import EngineDeadError
 
+logger = logging.getLogger("nanovllm.batch")
 MAX_WAITING = 1_000_000  # the batch bounds what waits, not the server's queue
 NUM_AT_HAND = 32  # requests beside those that run: the next ones need not be fetched first
 
@@ -62,7 +64,12 @@ class EngineTarget:
     async def post(self, path: str, body: dict[str, Any]) -> Answer:
         self._check_alive()
         call = _Call(path, json.dumps(body).encode())
-        await self._app(call.scope, call.receive, call.send)
+        try:
+            await self._app(call.scope, call.receive, call.send)
+        except Exception as error:  # raised for the log, after the answer, which is a 500
+            if not call.is_answered:
+                raise
+            logger.exception("a request failed: %r", error)
         answer = call.answer()
         if answer.status >= 500:
             self._check_alive()  # what the engine's end broke is no answer
@@ -74,7 +81,7 @@ class EngineTarget:
 
     async def close(self) -> None:
         await self._service.client.close(END_SECONDS)
-        self._service.prompts.close()
+        self._service.close()
         self._worker.sock.close()
         await asyncio.to_thread(self._worker.end)
 
@@ -104,6 +111,7 @@ class _Call:
         self._status = 0
         self._headers: dict[bytes, bytes] = {}
         self._content = bytearray()
+        self.is_answered = False
 
     async def receive(self) -> dict[str, Any]:
         if self._to_send is None:
@@ -117,6 +125,7 @@ class _Call:
             self._headers = dict(message["headers"])
         else:
             self._content += message.get("body", b"")
+            self.is_answered = not message.get("more_body", False)
 
     def answer(self) -> Answer:
         request_id = self._headers.get(b"x-request-id", b"").decode("latin-1")

@@ -139,9 +139,12 @@ def _entry(line: bytes, number: int, path: Path) -> dict[str, Any]:
         entry: dict[str, Any] = json.loads(line)
         if not {"custom_id", "response", "error"} <= set(entry):
             raise KeyError("custom_id")
-        if not (entry["error"] is None or isinstance(entry["error"], dict)):
+        error = {} if entry["error"] is None else entry["error"]
+        if not isinstance(error.get("line", 0), int):
             raise TypeError
-    except (ValueError, TypeError, KeyError, RecursionError):
+        if not isinstance(entry["custom_id"], str | None):
+            raise TypeError
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
         raise ConfigError(
             f"line {number} of {path} is no batch output: name another file, or remove it"
         ) from None

@@ -20,6 +20,8 @@ from server.live_server import Live, request
 
 from nanovllm.batch.output import OutputFile
 from nanovllm.batch.work import Batch
+from nanovllm.server.service import Service
+from nanovllm.server.streams import Job, Stream
 
 MODULE = [sys.executable, "-m", "nanovllm.cli.main", "run-batch"]
 BODY = {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 4, "temperature": 0}
@@ -113,6 +115,26 @@ def test_an_engine_here(cli: Any, tiny: Path, live: Live, tmp_path: Path) -> Non
     assert again.status == 1  # what failed is still failed
     assert "0 done, 0 failed among them, 11 were done before" in again.err
     check_mixed(out)
+
+
+def test_a_fault_of_the_server_fails_its_request_alone(
+    cli: Any, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begin = Service.start
+
+    def start(service: Service, jobs: Sequence[Job]) -> Stream:
+        if jobs[0].params.max_tokens == 7:
+            raise ZeroDivisionError
+        return begin(service, jobs)
+
+    monkeypatch.setattr(Service, "start", start)
+    lines = [line("a"), line("b", max_tokens=7), line("c")]
+    source, out = write(tmp_path / "in", lines), tmp_path / "out"
+    result = cli("run-batch", "-i", source, "-o", out, "--model", tiny)
+    assert result.status == 1
+    assert "Traceback" not in result.err
+    codes = {e["custom_id"]: e["error"] and e["error"]["code"] for e in entries(out)}
+    assert codes == {"a": None, "b": "internal_error", "c": None}
 
 
 def test_a_server(cli: Any, live: Live, tmp_path: Path) -> None:
@@ -360,7 +382,9 @@ def test_a_slow_pipe_holds_up_no_answer() -> None:
 def test_a_file_of_something_else_is_left_alone(cli: Any, tmp_path: Path) -> None:
     source = write(tmp_path / "in", [line("a")])
     before = source.read_bytes()
-    for out in (source, write(tmp_path / "other", ["hello"]), write(tmp_path / "list", ["[]"])):
+    others = ["hello", "[]", '{"custom_id": [1], "response": null, "error": null}']
+    others.append('{"custom_id": "a", "response": null, "error": {"line": {}}}')
+    for out in (source, *(write(tmp_path / f"o{i}", [text]) for i, text in enumerate(others))):
         held = out.read_bytes()
         result = cli("run-batch", "-i", source, "-o", out, "--url", "http://127.0.0.1:1")
         assert result.status == 2
