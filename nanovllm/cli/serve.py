@@ -84,12 +84,14 @@ def run(options: argparse.Namespace) -> int:
     logging.basicConfig(level=level, format=LOG_FORMAT)
     chat_template = values.pop("chat_template", None)
     in_process = values.pop("in_process", False)
+    if not isinstance(in_process, bool):
+        raise ConfigError(f"in_process must be true or false, got {in_process!r}")
     engine_names = {field.name for field in fields(EngineConfig)}
     engine = {name: value for name, value in values.items() if name in engine_names}
     server = {name: value for name, value in values.items() if name not in engine_names}
     config = ServerConfig(
-        api_keys=tuple(map(str, server.pop("api_key", ()))),
-        served_model_names=tuple(map(str, server.pop("served_model_name", ()))),
+        api_keys=tuple(server.pop("api_key", ())),
+        served_model_names=tuple(server.pop("served_model_name", ())),
         **server,
     )
     if config.host not in LOOPBACK and not config.api_keys:
@@ -139,6 +141,10 @@ def _read_file(path: str) -> dict[str, Any]:
             hint = f"; did you mean {near[0]!r}?" if near else ""
             raise ConfigError(f"{path}: unknown name {name!r}{hint}")
     for name in LISTS:
-        if isinstance(values.get(name), str):
-            values[name] = [values[name]]
+        if name not in values:
+            continue
+        texts = values[name] if isinstance(values[name], list) else [values[name]]
+        if not all(isinstance(text, str) for text in texts):
+            raise ConfigError(f"{path}: {name} must be text: put numbers in quotes")
+        values[name] = texts
     return values
