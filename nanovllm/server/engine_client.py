@@ -188,6 +188,8 @@ class EngineClient(asyncio.Protocol):
             return
         self.death = reason
         self._metrics.engine_up(False)
+        if self.info is not None:  # nothing runs or waits, whatever its last report said
+            self._set_load(messages.Load(num_free_blocks=self.info.num_blocks))
         for request in list(self._requests.values()):
             request.stream.fail(EngineDeadError(reason))
         self._requests.clear()

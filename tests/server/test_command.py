@@ -172,6 +172,8 @@ def test_another_engine_is_started_if_that_is_wanted(serve: Callable[..., Comman
         thread.join(60)
         assert answers[0][0] == 500
         assert_error(answers[0][2], "engine_error")
+        metrics = request(server.port, "GET", "/metrics")[2]
+        assert b'num_requests_running{model_name="tiny"} 0.0' in metrics
         until(lambda: request(server.port, "GET", "/health")[0] == 200, 60)
         body = {"prompt": "fox", "max_tokens": 2}
         assert request(server.port, "POST", "/v1/completions", body)[0] == 200
