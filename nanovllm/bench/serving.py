@@ -120,7 +120,7 @@ async def run(
 async def _introduce(session: Session, api: ApiClient, target: Target) -> None:
     models = await api.models()
     if target.model is None and not models:
-        raise NanoVLLMError(f"{api.address.url} serves no model: name one (--model)")
+        raise NanoVLLMError(f"{api.url} serves no model: name one (--model)")
     session.model = target.model if target.model is not None else models[0].name
     session.context = next((m.max_model_len for m in models if m.name == session.model), None)
     session.version = await api.version()

@@ -57,7 +57,7 @@ class RemotePartner:
         try:
             models = self._runner.run(self._api.models())
             if model is None and not models:
-                raise NanoVLLMError(f"{self._api.address.url} serves no model: name one (--model)")
+                raise NanoVLLMError(f"{self._api.url} serves no model: name one (--model)")
         except BaseException:
             self.close()
             raise
@@ -66,7 +66,7 @@ class RemotePartner:
 
     def headline(self) -> str:
         context = "" if self.context is None else f" · context {self.context} tokens"
-        return f"{self._model} · {self._api.address.url}{context}"
+        return f"{self._model} · {self._api.url}{context}"
 
     def reply(self, chat: Conversation, show: Show, tell: Show) -> Reply:
         dropped = self._fit(chat)

@@ -1,1 +1,1 @@
-"""Talking to any server with OpenAI's interface: HTTP, event streams, errors in words. No torch."""
+"""Talking to any server with OpenAI's interface: httpx2, and errors in words. No torch."""

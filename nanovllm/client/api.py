@@ -10,8 +10,9 @@ from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Self
 
-from nanovllm.client.http import Address, ConnectionFailedError, HttpClient, Response
-from nanovllm.client.sse import EventParser
+import httpx2
+
+from nanovllm.client.http import ConnectionFailedError, new_client, read, request, server_url
 from nanovllm.errors import ConfigError, NanoVLLMError
 
 MAX_BODY = 256 << 20
@@ -63,15 +64,16 @@ class ApiClient:
         headers = {} if key is None else {"Authorization": f"Bearer {key}"}
         if key is not None and (not key.isascii() or not key.isprintable()):
             raise ConfigError("the API key must be plain ASCII")
-        self.address = Address.parse(url)
-        self._http = HttpClient(self.address, headers)
+        self._base = server_url(url)
+        self.url = str(self._base)
+        self._http = new_client(self._base, headers)
 
     async def models(self) -> list[Model]:
         """Raises RemoteError."""
-        body = await self._ok("GET", f"{self.address.prefix}/models")
+        body = await self._ok("GET", "/models")
         entries = body.get("data") if isinstance(body, dict) else None
         if not isinstance(entries, list):
-            raise RemoteError(f"{self.address.url}/models lists no models", kind="bad answer")
+            raise RemoteError(f"{self.url}/models lists no models", kind="bad answer")
         return [
             Model(str(entry["id"]), _count(entry.get("max_model_len")))
             for entry in entries
@@ -81,26 +83,28 @@ class ApiClient:
     async def version(self) -> str | None:
         """What the server says of itself, where it does."""
         try:
-            body = await self._ok("GET", "/version")
+            body = await self._ok("GET", self._base.join("/version"))
         except RemoteError:
             return None
         found = body.get("version") if isinstance(body, dict) else None
         return None if found is None else str(found)
 
-    async def _ok(self, method: str, path: str) -> Any:
-        answer = await self.exchange(method, path)
+    async def _ok(self, method: str, url: httpx2.URL | str) -> Any:
+        answer = await self._exchange(method, url)
         if answer.status != 200:
             raise explain(answer)
         return answer.body
 
     async def post(self, path: str, body: bytes) -> Answer:
-        """path is below the server's prefix. Raises RemoteError where there is no whole answer."""
-        return await self.exchange("POST", self.address.prefix + path, body)
+        """path is below the server's URL. Raises RemoteError where there is no whole answer."""
+        return await self._exchange("POST", path, body)
 
-    async def exchange(self, method: str, path: str, body: bytes | None = None) -> Answer:
-        """path is the whole path. Raises RemoteError where there is no whole answer."""
+    async def _exchange(
+        self, method: str, url: httpx2.URL | str, body: bytes | None = None
+    ) -> Answer:
+        """url is whole or below the server's. Raises RemoteError without a whole answer."""
         try:
-            async with await self._http.request(method, path, body) as response:
+            async with request(self._http, method, url, body) as response:
                 return await _whole(response, MAX_BODY)
         except ConnectionFailedError as error:
             raise RemoteError(str(error), kind=error.kind) from None
@@ -114,10 +118,8 @@ class ApiClient:
         """
         data = json.dumps({**body, "stream": True}).encode()
         try:
-            async with await self._http.request(
-                "POST", self.address.prefix + path, data
-            ) as response:
-                if response.status != 200:
+            async with request(self._http, "POST", path, data) as response:
+                if response.status_code != 200:
                     raise explain(await _whole(response, MAX_ERROR_BODY))
                 if "event-stream" not in response.headers.get("content-type", ""):
                     raise RemoteError("the server answered without streaming", kind="bad answer")
@@ -127,7 +129,7 @@ class ApiClient:
             raise RemoteError(str(error), kind=error.kind) from None
 
     async def close(self) -> None:
-        await self._http.close()
+        await self._http.aclose()
 
     async def __aenter__(self) -> Self:
         return self
@@ -136,28 +138,27 @@ class ApiClient:
         await self.close()
 
 
-async def _whole(response: Response, limit: int) -> Answer:
-    content = await response.read(limit)
+async def _whole(response: httpx2.Response, limit: int) -> Answer:
+    content = await read(response, limit)
     try:
         body = json.loads(content)
     except (ValueError, RecursionError):
         body = content.decode("utf-8", "replace")
     return Answer(
-        response.status,
+        response.status_code,
         response.headers.get("x-request-id"),
         body,
         _seconds(response.headers.get("retry-after")),
     )
 
 
-async def _chunks(response: Response) -> AsyncIterator[dict[str, Any]]:
-    parser, done = EventParser(), False
-    async for piece in response.pieces():
-        for data in parser.feed(piece):
-            if data == "[DONE]":
-                done = True  # the connection is kept if the body ends here, as it should
-            elif not done:
-                yield _chunk(data)
+async def _chunks(response: httpx2.Response) -> AsyncIterator[dict[str, Any]]:
+    done = False
+    async for event in httpx2.EventSource(response, MAX_BODY):
+        if event.data == "[DONE]":
+            done = True  # the connection is kept if the body ends here, as it should
+        elif event.data and not done:
+            yield _chunk(event.data)
     if not done:
         raise RemoteError("the stream ended before [DONE]", kind="cut off")
 

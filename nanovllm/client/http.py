@@ -1,26 +1,22 @@
-"""A small HTTP/1.1 client on asyncio, for one server: JSON there, bytes back as they arrive.
+"""httpx2, set up for one server, and its errors in our words. Knows no JSON and no models.
 
-Written out because a load generator must cost less than what it measures: connections are kept,
-a piece of a stream costs a few microseconds, and nothing is imported but the standard library.
-Follows no redirects, uses no proxy, asks for no compression. Knows no JSON and no models.
+Follows no redirects, and uses no proxy from the environment: most servers are on this machine or
+in this network, where a proxy would be in the way, and a measurement would measure it too.
 """
 
 from __future__ import annotations
 
-import asyncio
 import ssl
-from collections.abc import AsyncIterator, Mapping
-from dataclasses import dataclass
-from types import TracebackType
-from typing import Self
-from urllib.parse import urlsplit
+from collections.abc import AsyncIterator, Iterator, Mapping
+from contextlib import asynccontextmanager
+
+import httpx2
 
 from nanovllm import __version__
 from nanovllm.errors import ConfigError, NanoVLLMError
 
-MAX_HEAD = 64 << 10
 CONNECT_SECONDS = 10.0
-PORTS = {"http": 80, "https": 443}
+KEPT_SECONDS = 4.0  # less than servers keep idle connections (uvicorn: 5), or both ends race
 
 
 class ConnectionFailedError(NanoVLLMError):
@@ -31,256 +27,94 @@ class ConnectionFailedError(NanoVLLMError):
         self.kind = kind
 
 
-@dataclass(frozen=True, slots=True)
-class Address:
-    """Where a server is; prefix is the path before every request's own."""
-
-    scheme: str
-    host: str
-    port: int
-    prefix: str
-
-    @classmethod
-    def parse(cls, url: str) -> Address:
-        """Without a path, /v1 is meant. Raises ConfigError."""
-        try:
-            parts = urlsplit(url)
-            port = parts.port
-        except ValueError as error:
-            raise ConfigError(f"{url!r} is no address: {error}") from None
-        if parts.scheme not in PORTS or not parts.hostname or parts.username is not None:
-            raise ConfigError(f"{url!r} is no address like http://127.0.0.1:8000")
-        if not parts.path.isascii() or not parts.path.isprintable() or " " in parts.path:
-            raise ConfigError(f"{url!r} has a path that is not plain ASCII")
-        prefix = parts.path.rstrip("/") or "/v1"
-        return cls(parts.scheme, parts.hostname, port or PORTS[parts.scheme], prefix)
-
-    @property
-    def authority(self) -> str:
-        host = f"[{self.host}]" if ":" in self.host else self.host
-        return host if self.port == PORTS[self.scheme] else f"{host}:{self.port}"
-
-    @property
-    def url(self) -> str:
-        return f"{self.scheme}://{self.authority}{self.prefix}"
+def server_url(text: str) -> httpx2.URL:
+    """Without a path, /v1 is meant. Raises ConfigError."""
+    try:
+        url = httpx2.URL(text)
+    except httpx2.InvalidURL as error:
+        raise ConfigError(f"{text!r} is no address: {error}") from None
+    if (
+        url.scheme not in ("http", "https")
+        or not url.host
+        or url.userinfo
+        or (url.port or 0) > 65535
+    ):
+        raise ConfigError(f"{text!r} is no address like http://127.0.0.1:8000")
+    return url.copy_with(path=url.path.rstrip("/") or "/v1", query=None, fragment=None)
 
 
-class HttpClient:
-    """Requests to one server. Connections are kept while nobody uses them, and then used again."""
-
-    def __init__(self, address: Address, headers: Mapping[str, str] | None = None) -> None:
-        self.address = address
-        self._idle: list[_Connection] = []
-        self._tls = ssl.create_default_context() if address.scheme == "https" else None
-        lines = {
-            "Host": address.authority,
+def new_client(url: httpx2.URL, headers: Mapping[str, str]) -> httpx2.AsyncClient:
+    """As many connections as there are requests at once, and no limit on how long answers take."""
+    return httpx2.AsyncClient(
+        base_url=url,
+        headers={
             "User-Agent": f"nanovllm/{__version__}",
             "Accept-Encoding": "identity",
-        }
-        lines |= headers or {}
-        for name, value in lines.items():
-            if not value.isascii() or not value.isprintable():
-                raise ConfigError(f"the header {name} must be plain ASCII")
-        self._head = "".join(f"{name}: {value}\r\n" for name, value in lines.items())
-
-    async def request(self, method: str, path: str, body: bytes | None = None) -> Response:
-        """The answer once its head is there; use it as an async context manager.
-
-        Raises ConnectionFailedError. A kept connection that the server closed in the meantime is
-        replaced once: it took nothing of the request.
-        """
-        data = self._encode(method, path, body)
-        while True:
-            kept = bool(self._idle)
-            connection = self._idle.pop() if kept else await self._connect()
-            try:
-                return await self._exchange(connection, data, method)
-            except _ClosedUnusedError:
-                connection.close()
-                if not kept:
-                    raise ConnectionFailedError(
-                        "connection closed", f"{self.address.authority} closed without an answer"
-                    ) from None
-            except BaseException:
-                connection.close()
-                raise
-
-    async def _exchange(self, connection: _Connection, data: bytes, method: str) -> Response:
-        try:
-            connection.writer.write(data)
-            await connection.writer.drain()
-            status, headers = await connection.read_head()
-        except OSError:
-            raise _ClosedUnusedError from None
-        return Response(self, connection, status, headers, has_body=method != "HEAD")
-
-    def _encode(self, method: str, path: str, body: bytes | None) -> bytes:
-        head = f"{method} {path} HTTP/1.1\r\n{self._head}"
-        if body is not None:
-            head += f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n"
-        return head.encode() + b"\r\n" + (body or b"")
-
-    async def _connect(self) -> _Connection:
-        address = self.address
-        try:
-            async with asyncio.timeout(CONNECT_SECONDS):
-                streams = await asyncio.open_connection(
-                    address.host, address.port, ssl=self._tls, limit=MAX_HEAD
-                )
-        except TimeoutError:
-            raise ConnectionFailedError(
-                "connect timeout", f"{address.authority} did not answer in {CONNECT_SECONDS:g} s"
-            ) from None
-        except ConnectionRefusedError:
-            raise ConnectionFailedError(
-                "connection refused", f"nothing listens on {address.authority}"
-            ) from None
-        except (OSError, UnicodeError) as error:
-            reason = getattr(error, "strerror", None) or str(error)
-            raise ConnectionFailedError(
-                "connect error", f"cannot connect to {address.authority}: {reason}"
-            ) from None
-        return _Connection(*streams)
-
-    def keep(self, connection: _Connection) -> None:
-        self._idle.append(connection)
-
-    async def close(self) -> None:
-        """Closes what is kept; answers that are still read close their own."""
-        idle, self._idle = self._idle, []
-        for connection in idle:
-            connection.close()
-        await asyncio.sleep(0)  # lets the transports go before their loop does
-
-    async def __aenter__(self) -> Self:
-        return self
-
-    async def __aexit__(self, *_: object) -> None:
-        await self.close()
+            **headers,
+        },
+        timeout=httpx2.Timeout(None, connect=CONNECT_SECONDS),
+        limits=httpx2.Limits(keepalive_expiry=KEPT_SECONDS),
+        verify=ssl.create_default_context(),
+        trust_env=False,
+    )
 
 
-class _ClosedUnusedError(Exception):
-    """The connection ended before the first byte of an answer."""
+@asynccontextmanager
+async def request(
+    client: httpx2.AsyncClient, method: str, url: httpx2.URL | str, body: bytes | None = None
+) -> AsyncIterator[httpx2.Response]:
+    """The answer once its head is there; what was not read of it by the end closes the connection.
+
+    Raises ConnectionFailedError, for the reading within it too.
+    """
+    headers = {} if body is None else {"Content-Type": "application/json"}
+    begun = False
+    try:
+        async with client.stream(method, url, content=body, headers=headers) as response:
+            begun = True
+            yield response
+    except (httpx2.HTTPError, UnicodeError) as error:  # a host name that no name server can take
+        raise _in_words(error, client.base_url.netloc.decode(), begun) from None
 
 
-class _Connection:
-    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        self.reader = reader
-        self.writer = writer
-
-    def close(self) -> None:
-        self.writer.transport.abort()
-
-    async def read_head(self) -> tuple[int, dict[str, str]]:
-        """(status, headers by lower-case name); informational answers are skipped."""
-        while True:
-            try:
-                head = await self.reader.readuntil(b"\r\n\r\n")
-            except asyncio.IncompleteReadError as error:
-                if error.partial:
-                    raise _broken("the server closed within the head of its answer") from None
-                raise _ClosedUnusedError from None
-            except asyncio.LimitOverrunError:
-                raise _broken(f"the answer's head is over {MAX_HEAD} bytes") from None
-            first, *lines = head.decode("latin-1").split("\r\n")
-            words = first.split(" ", 2)
-            if not words[0].startswith("HTTP/1.") or not words[1:] or not words[1].isdigit():
-                raise _broken(f"this is no HTTP: {first[:80]!r}")
-            if not words[1].startswith("1"):
-                pairs = (line.partition(":") for line in lines if line)
-                headers = {name.strip().lower(): value.strip() for name, _, value in pairs}
-                if words[0] == "HTTP/1.0":
-                    headers.setdefault("connection", "close")
-                return int(words[1]), headers
+async def read(response: httpx2.Response, limit: int) -> bytes:
+    """The whole body. Raises ConnectionFailedError if it is over limit bytes."""
+    body = bytearray()
+    async for piece in response.aiter_bytes():
+        body += piece
+        if len(body) > limit:
+            raise ConnectionFailedError("bad answer", f"the answer is over {limit} bytes")
+    return bytes(body)
 
 
-def _broken(message: str) -> ConnectionFailedError:
-    return ConnectionFailedError("bad answer", message)
-
-
-class Response:
-    """One answer. A context manager: what was not read to the end is cut off by closing."""
-
-    def __init__(
-        self,
-        client: HttpClient,
-        connection: _Connection,
-        status: int,
-        headers: dict[str, str],
-        *,
-        has_body: bool,
-    ) -> None:
-        self.status = status
-        self.headers = headers
-        self._client = client
-        self._connection = connection
-        self._complete = not has_body or status in (204, 304)
-
-    async def __aenter__(self) -> Self:
-        return self
-
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        if self._complete and self.headers.get("connection", "").lower() != "close":
-            self._client.keep(self._connection)
-        else:
-            self._connection.close()
-
-    async def read(self, limit: int) -> bytes:
-        """The whole body. Raises ConnectionFailedError if it is cut off or over limit bytes."""
-        body = bytearray()
-        async for piece in self.pieces():
-            body += piece
-            if len(body) > limit:
-                raise _broken(f"the answer is over {limit} bytes")
-        return bytes(body)
-
-    async def pieces(self) -> AsyncIterator[bytes]:
-        """The body as it arrives. Raises ConnectionFailedError if it is cut off."""
-        if self._complete:
-            return
-        try:
-            async for piece in self._framed():
-                yield piece
-        except (asyncio.IncompleteReadError, OSError):
-            raise ConnectionFailedError(
+def _in_words(error: Exception, server: str, begun: bool) -> ConnectionFailedError:
+    if isinstance(error, httpx2.ConnectTimeout):
+        return ConnectionFailedError(
+            "connect timeout", f"{server} did not answer in {CONNECT_SECONDS:g} s"
+        )
+    if isinstance(error, httpx2.ConnectError | UnicodeError):
+        causes = list(_causes(error))
+        if any(isinstance(cause, ConnectionRefusedError) for cause in causes):
+            return ConnectionFailedError("connection refused", f"nothing listens on {server}")
+        reasons = [getattr(cause, "strerror", None) for cause in causes]
+        reason = next((text for text in reversed(reasons) if text), None) or str(error)
+        return ConnectionFailedError("connect error", f"cannot connect to {server}: {reason}")
+    # The library has one class for a server that closes and for one that speaks no HTTP.
+    if isinstance(error, httpx2.NetworkError) or "without sending" in str(error):
+        if begun:
+            return ConnectionFailedError(
                 "cut off", "the server closed the connection in the middle of its answer"
-            ) from None
-        except (ValueError, asyncio.LimitOverrunError):
-            raise _broken("the answer is not framed as HTTP/1.1 says") from None
-        self._complete = True
+            )
+        return ConnectionFailedError("connection closed", f"{server} closed without an answer")
+    reason = " ".join(str(error).split())[:200] or type(error).__name__
+    return ConnectionFailedError("bad answer", f"the answer is not as HTTP says: {reason}")
 
-    def _framed(self) -> AsyncIterator[bytes]:
-        if "chunked" in self.headers.get("transfer-encoding", "").lower():
-            return self._chunks()
-        length = self.headers.get("content-length")
-        if length is not None:
-            return self._counted(int(length))
-        self.headers["connection"] = "close"
-        return self._until_end()
 
-    async def _chunks(self) -> AsyncIterator[bytes]:
-        reader = self._connection.reader
-        while size := int((await reader.readuntil(b"\r\n")).partition(b";")[0], 16):
-            yield await reader.readexactly(size)
-            if await reader.readexactly(2) != b"\r\n":
-                raise ValueError
-        while (await reader.readuntil(b"\r\n")) != b"\r\n":
-            pass  # trailers
-
-    async def _counted(self, length: int) -> AsyncIterator[bytes]:
-        reader = self._connection.reader
-        while length:
-            piece = await reader.read(min(length, MAX_HEAD))
-            if not piece:
-                raise asyncio.IncompleteReadError(b"", length)
-            length -= len(piece)
-            yield piece
-
-    async def _until_end(self) -> AsyncIterator[bytes]:
-        while piece := await self._connection.reader.read(MAX_HEAD):
-            yield piece
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    """What an error was raised from, the first reason last."""
+    if error is None:
+        return
+    yield error
+    for inner in error.exceptions if isinstance(error, BaseExceptionGroup) else ():
+        yield from _causes(inner)
+    yield from _causes(error.__cause__ or error.__context__)
