@@ -12,8 +12,8 @@ import secrets
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import aclosing, contextmanager
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from contextlib import aclosing, asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from random import Random
@@ -81,7 +81,8 @@ async def run(
 ) -> None:
     """Fills the session. Raises RemoteError if the server cannot be asked at all."""
     async with ApiClient(target.url, target.key) as api:
-        await _introduce(session, api, target)
+        async with _within(target.timeout, api):
+            await _introduce(session, api, target)
         _check_length(session, traffic)
         tell("measuring the server's tokens per word ...")
         mark = secrets.token_hex(3)
@@ -126,6 +127,17 @@ async def _introduce(session: Session, api: ApiClient, target: Target) -> None:
     session.version = await api.version()
 
 
+@asynccontextmanager
+async def _within(seconds: float, api: ApiClient) -> AsyncIterator[None]:
+    """Raises RemoteError where it takes longer."""
+    try:
+        async with asyncio.timeout(seconds):
+            yield
+    except TimeoutError:
+        said = f"{api.url}: no answer within {seconds:g} s"
+        raise RemoteError(said, kind="timeout") from None
+
+
 def _check_length(session: Session, traffic: Traffic) -> None:
     if session.context is not None and traffic.longest > session.context:
         raise ConfigError(
@@ -149,10 +161,10 @@ async def _measure_words(api: ApiClient, model: str, target: Target, mark: str) 
             ignore_eos=target.ignore_eos,
         )
         num_tokens = 0
-        async with asyncio.timeout(target.timeout):
-            async with aclosing(api.stream(PATHS[target.endpoint], body)) as chunks:
-                async for chunk in chunks:
-                    num_tokens = (chunk.get("usage") or {}).get("prompt_tokens") or num_tokens
+        chunks = api.stream(PATHS[target.endpoint], body)
+        async with _within(target.timeout, api), aclosing(chunks):
+            async for chunk in chunks:
+                num_tokens = (chunk.get("usage") or {}).get("prompt_tokens") or num_tokens
         found.append((count, num_tokens or count))  # a server that counts none: one a word
     return Measure.fit(found[0], found[1])
 

@@ -11,6 +11,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -251,6 +252,23 @@ def test_failures_are_counted_by_kind(cli: Any, tmp_path: Path) -> None:
     head, row = (re.split(r"  +", text) for text in result.out.splitlines()[:2])
     shown = dict(zip(head, row, strict=True))
     assert (shown["in"], shown["out"], shown["failed"]) == ("20", "2", "3")
+
+
+@pytest.mark.parametrize("silent", ["GET", "POST"])
+def test_a_server_that_never_answers_is_told(cli: Any, silent: str) -> None:
+    ended = threading.Event()
+
+    def respond(method: str, path: str, body: Any) -> Any:
+        if method == silent:
+            ended.wait(60)
+        return answer({"data": [{"id": "m"}]})
+
+    server = Scripted(respond)
+    result = bench(cli, "--url", server.url, "--timeout", "0.5")
+    ended.set()
+    server.close()
+    assert (result.status, result.err.count("\n")) == (2, 1)
+    assert "no answer within 0.5 s" in result.err
 
 
 def test_an_own_server_on_the_demo_model(cli: Any, tiny: Path, tmp_path: Path) -> None:
