@@ -117,7 +117,7 @@ class Call:
         if not isinstance(name, str):
             return []
         self.begun = True
-        return [call_head(self._index, name), call_arguments(self._index, _sound(arguments))]
+        return [call_head(self._index, name), call_arguments(self._index, sound(arguments))]
 
 
 class ListReader:
@@ -253,7 +253,7 @@ def call_head(index: int, name: str) -> Delta:
         "index": index,
         "id": f"call_{secrets.token_hex(12)}",
         "type": "function",
-        "function": {"name": _sound(name), "arguments": ""},
+        "function": {"name": sound(name), "arguments": ""},
     }
 
 
@@ -264,9 +264,9 @@ def call_arguments(index: int, text: str) -> Delta:
 def json_text(value: Any) -> str:
     """JSON that can be written as UTF-8. Raises ValueError for numbers that JSON has not."""
     text = json.dumps(value, ensure_ascii=False, allow_nan=False)
-    return text if _sound(text) == text else json.dumps(value, allow_nan=False)
+    return text if sound(text) == text else json.dumps(value, allow_nan=False)
 
 
-def _sound(text: str) -> str:
+def sound(text: str) -> str:
     """Without halves of characters, which escapes may leave."""
     return text.encode(errors="replace").decode()
