@@ -17,6 +17,7 @@ from nanovllm.server.answers import Usage
 from nanovllm.server.errors import invalid
 from nanovllm.server.http import EventStream, event, json_response, read_body, until_gone
 from nanovllm.server.output_parser import OutputParser, whole_message
+from nanovllm.server.prompts import num_characters
 from nanovllm.server.schemas import ChatRequest
 from nanovllm.server.service import Service, cached_tokens, timings, usage
 from nanovllm.server.streams import Job, Stream
@@ -81,6 +82,8 @@ async def _admit(service: Service, request: ChatRequest) -> _Chat:
     asked = asked_structure(request)
     if not request.messages:
         raise invalid("messages is empty: at least one is needed", "messages")
+    length = sum(map(num_characters, request.messages))
+    validate.check_length(length, limits, "messages")
     tools = _tools(service, request)
     generates = request.add_generation_prompt is not False
     prompt = await service.prompts.encode_chat(

@@ -74,6 +74,9 @@ async def _admit(service: Service, request: CompletionRequest) -> _Completion:
         params = await service.constrain(params, *asked)
     prompts = validate.split_prompts(request.prompt)
     validate.check_count(len(prompts) * params.n, limits)
+    for prompt in prompts:
+        if isinstance(prompt, str):
+            validate.check_length(len(prompt), limits, "prompt")
     jobs = await _jobs(service, request, params, prompts)
     for job in jobs:
         validate.check_prompt(job.token_ids, limits, "prompt")

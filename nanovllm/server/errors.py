@@ -69,6 +69,15 @@ def context_overflow(limit: int, num_tokens: int, param: str) -> ApiError:
     )
 
 
+def text_overflow(limit: int, num_characters: int, param: str) -> ApiError:
+    return invalid(
+        f"This model's maximum context length is {limit} tokens. However, your {param} have "
+        f"{num_characters} characters, which no {limit} tokens can hold.",
+        param,
+        "context_length_exceeded",
+    )
+
+
 def unavailable(reason: str) -> ApiError:
     return ApiError(
         503,

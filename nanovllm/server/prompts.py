@@ -8,18 +8,20 @@ rendered text is tokenized in pieces, from mark to mark.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import json
 import re
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
+import msgspec
+
 from nanovllm.errors import InvalidRequestError
 from nanovllm.server.errors import invalid
-from nanovllm.server.schemas import ROLES, ChatMessage, ContentPart, ToolSpec
+from nanovllm.server.schemas import ROLES, ChatMessage, ContentPart, ToolCall, ToolSpec
+from nanovllm.server.tool_calls import sound
 from nanovllm.text.chat import ChatTemplate
 from nanovllm.text.tokenizer import LONG_TEXT, Tokenizer
 
@@ -113,7 +115,8 @@ class PromptEncoder:
             plain = [self._plain(one, f"messages[{i}]", mark) for i, one in enumerate(messages)]
             return self._render(plain, specs, variables, add_generation_prompt, mark)
 
-        if sum(map(_length, messages)) < LONG_TEXT:
+        # All of it counts: templates write out tools, and what models thought and called.
+        if len(msgspec.json.encode((messages, specs, variables))) < LONG_TEXT:
             return work()
         return await asyncio.get_running_loop().run_in_executor(self._threads, work)
 
@@ -155,16 +158,19 @@ class PromptEncoder:
         if message.role not in ROLES:
             raise invalid(f"{where}.role must be one of {', '.join(ROLES)}", f"{where}.role")
         names = self._any_token if message.role in UNTRUSTED_ROLES else self._special_token
+
+        def broken(text: str) -> str:
+            if names is None:
+                return text
+            return names.sub(lambda found: found[0][0] + mark + found[0][1:], text)
+
         role = "system" if message.role == "developer" else message.role
-        content = _text(message, where)
-        if names is not None:
-            content = names.sub(lambda found: found[0][0] + mark + found[0][1:], content)
-        plain: dict[str, Any] = {"role": role, "content": content}
+        plain: dict[str, Any] = {"role": role, "content": broken(_text(message, where))}
         for name in ("name", "tool_call_id", "reasoning_content"):
             if getattr(message, name) is not None:
-                plain[name] = getattr(message, name)
+                plain[name] = broken(getattr(message, name))
         if message.tool_calls:
-            plain["tool_calls"] = [_tool_call(call) for call in message.tool_calls]
+            plain["tool_calls"] = [_tool_call(call, broken) for call in message.tool_calls]
         return plain
 
 
@@ -179,12 +185,12 @@ def _check_variables(variables: Mapping[str, Any]) -> None:
             raise invalid(f"chat_template_kwargs cannot set {name[:50]!r}", "chat_template_kwargs")
 
 
-def _length(message: ChatMessage) -> int:
-    """About the characters of a message, and at least one."""
+def num_characters(message: ChatMessage) -> int:
+    """Of what a message says."""
     content = message.content or ""
     if isinstance(content, str):
-        return len(content) + 1
-    return sum(len(part.text or "") + 1 for part in content)
+        return len(content)
+    return sum(len(part.text or "") for part in content)
 
 
 def _text(message: ChatMessage, where: str) -> str:
@@ -223,15 +229,20 @@ def _tool(tool: ToolSpec, where: str) -> dict[str, Any]:
     }
 
 
-def _tool_call(call: Any) -> dict[str, Any]:
-    """Templates expect the arguments as an object, clients send them as JSON."""
-    arguments = call.function.arguments
-    if isinstance(arguments, str):
-        # Else it is a model's broken call, quoted back as it was.
-        with contextlib.suppress(ValueError, RecursionError):
-            arguments = json.loads(arguments or "{}")
+def _tool_call(call: ToolCall, broken: Callable[[str], str]) -> dict[str, Any]:
+    """Templates expect the arguments as an object, clients send them as JSON.
+
+    broken breaks the names of special tokens: models write what users have said into arguments.
+    """
+    given = call.function.arguments or "{}"
+    try:
+        value = json.loads(given) if isinstance(given, str) else given
+        arguments = json.loads(broken(sound(json.dumps(value, ensure_ascii=False))))
+    except (ValueError, RecursionError):
+        # A model's broken call, quoted back as it was; or too deep, which the template will say.
+        arguments = broken(given) if isinstance(given, str) else given
     return {
         "type": "function",
-        "id": call.id or "",
-        "function": {"name": call.function.name, "arguments": arguments or {}},
+        "id": broken(call.id or ""),
+        "function": {"name": broken(call.function.name), "arguments": arguments or {}},
     }

@@ -91,6 +91,7 @@ class Service:
         self.names = config.served_model_names
         self.tokenizer = tokenizer
         self._shown = tokenizer.showing(SHOWN_MARKS)
+        self._most_characters = tokenizer.most_characters()
         self.prompts = PromptEncoder(tokenizer, template)
         self.metrics = PrometheusMetrics(self.names[0], config.metrics_prefix)
         self.client = self.new_client()
@@ -121,6 +122,7 @@ class Service:
         assert self.client.info is not None, "an engine without trouble is ready"
         return Limits(
             self.client.max_prompt_len,
+            self.client.max_prompt_len * self._most_characters,
             self.client.info.vocab_size,
             self.client.info.max_num_seqs + self.config.max_waiting,
             self.defaults,

@@ -9,8 +9,10 @@ from typing import Any
 
 from nanovllm.errors import InvalidRequestError
 from nanovllm.sampling_params import MAX_LOGPROBS, MAX_N, SamplingParams
-from nanovllm.server.errors import context_overflow, from_engine, invalid
+from nanovllm.server.errors import context_overflow, from_engine, invalid, text_overflow
 from nanovllm.server.schemas import (
+    MAX_BAD_CHARACTERS,
+    MAX_BAD_WORDS,
     MAX_PRIORITY,
     MAX_SALT,
     MAX_STOPS,
@@ -20,6 +22,7 @@ from nanovllm.server.schemas import (
 )
 
 _TOKEN_ID = re.compile(r"\d{1,10}")
+_TOKEN_IDS = ("logit_bias", "allowed_token_ids", "stop_token_ids")
 _SAME_NAME = (
     "min_tokens",
     "temperature",
@@ -44,10 +47,11 @@ class Limits:
     """What the engine can take.
 
     defaults are the sampling parameters of requests that bring none; spellings gives the token ids
-    by which a bad word may be written.
+    by which a bad word may be written. A longer text than max_prompt_chars has too many tokens.
     """
 
     max_prompt_len: int
+    max_prompt_chars: int
     vocab_size: int
     max_sequences: int
     defaults: Mapping[str, Any]
@@ -106,6 +110,7 @@ def _num_candidates(request: CompletionRequest, limits: Limits) -> dict[str, int
 
 def _params(request: Request, limits: Limits, **derived: Any) -> SamplingParams:
     _check_common(request)
+    _check_sizes(request, limits)
     values = dict(limits.defaults)
     for name in _SAME_NAME:
         if getattr(request, name) is not None:
@@ -120,7 +125,7 @@ def _params(request: Request, limits: Limits, **derived: Any) -> SamplingParams:
         raise from_engine(error) from None
     if params.n > limits.max_sequences:
         raise invalid(f"n is {params.n}: this server takes {limits.max_sequences} at most", "n")
-    for name in ("logit_bias", "allowed_token_ids", "stop_token_ids"):
+    for name in _TOKEN_IDS:
         check_token_ids(getattr(params, name) or (), limits.vocab_size, name)
     _check_something_is_possible(params, limits)
     return params
@@ -161,6 +166,24 @@ def _check_common(request: Request) -> None:
         raise invalid(f"cache_salt must have at most {MAX_SALT} characters", "cache_salt")
 
 
+def _check_sizes(request: Request, limits: Limits) -> None:
+    """Raises ApiError for lists that would take the loop, or every step of the engine, too long."""
+    words = request.bad_words or ()
+    num_characters = sum(map(len, words))
+    if len(words) > MAX_BAD_WORDS or num_characters > MAX_BAD_CHARACTERS:
+        raise invalid(
+            f"bad_words takes at most {MAX_BAD_WORDS} words of {MAX_BAD_CHARACTERS} characters "
+            f"together, got {len(words)} of {num_characters}",
+            "bad_words",
+        )
+    for name in _TOKEN_IDS:
+        number = len(getattr(request, name) or ())
+        if number > limits.vocab_size:
+            raise invalid(
+                f"{name} names {number} token ids: the vocabulary has {limits.vocab_size}", name
+            )
+
+
 def _count(name: str, value: int, high: int) -> int:
     if not 0 <= value <= high:
         raise invalid(f"{name} must be an integer in [0, {high}], got {value}", name)
@@ -196,6 +219,12 @@ def check_count(wanted: int, limits: Limits) -> None:
     """Raises ApiError if one request asks for more completions than may ever run and wait."""
     if wanted > limits.max_sequences:
         raise invalid(f"{wanted} completions in one request; {limits.max_sequences} fit", "n")
+
+
+def check_length(num_characters: int, limits: Limits, param: str) -> None:
+    """Raises ApiError if a text this long cannot fit: tokenizing it could take minutes."""
+    if num_characters > limits.max_prompt_chars:
+        raise text_overflow(limits.max_prompt_len, num_characters, param)
 
 
 def check_prompt(token_ids: Sequence[int], limits: Limits, param: str) -> None:

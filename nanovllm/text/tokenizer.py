@@ -105,6 +105,12 @@ class Tokenizer:
             token["special"] = token["special"] and token["content"] not in names
         return Tokenizer(FastTokenizer.from_str(json.dumps(state)), self.config)
 
+    def most_characters(self) -> int:
+        """No token stands for more characters of a text than this, but of spaces that are cut."""
+        longest = max(map(len, self._fast.get_vocab(with_added_tokens=True)), default=1)
+        # Normal forms compose: of Korean three characters become one, of Greek four.
+        return longest if self._fast.normalizer is None else 4 * longest
+
     def to_json(self) -> str:
         """The whole tokenizer in the format of tokenizer.json."""
         return self._fast.to_str()

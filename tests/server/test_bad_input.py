@@ -108,7 +108,8 @@ def test_too_many_prompts_are_counted_before_they_are_read(
     monkeypatch.undo()  # for the request that follows
 
 
-def test_too_many_names_of_special_tokens(live: Live) -> None:
+def test_too_many_names_of_special_tokens(live: Live, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(live.service, "_most_characters", 1 << 20)  # as if the context were large
     content = "<think>" * 40_000
     error = refused(live, CHAT, {"messages": [{"role": "user", "content": content}]})
     assert "special tokens" in error["message"]
@@ -228,11 +229,12 @@ BAD_VALUES: dict[str, list[Any]] = {
     "max_tokens": [0, -5, 1.5, True, "5"],
     "min_tokens": [-1, 99, 2**70, True],
     "stop": ["", [""], ["a"] * 5, 5, [5], {"a": 1}],
-    "stop_token_ids": [[-1], [10**6], 5, [1.5], [True]],
+    "stop_token_ids": [[-1], [10**6], 5, [1.5], [True], [5] * 5000],
     "logit_bias": [{"a": 1}, {"-1": 1}, {"99999999": 1}, {"5": 101}, {"5": "x"}, {"5": True},
-                   {"5.0": 1}, {"٣": 1}, [1], {"1" * 5000: 1}],
-    "allowed_token_ids": [[], [-1], [10**6], "x"],
-    "bad_words": [[""], 5, [5]],
+                   {"5.0": 1}, {"٣": 1}, [1], {"1" * 5000: 1},
+                   {f"{i:010}": 1 for i in range(5000)}],
+    "allowed_token_ids": [[], [-1], [10**6], "x", [5] * 5000],
+    "bad_words": [[""], 5, [5], ["a"] * 1001, ["a" * 66_000]],
     "ignore_eos": [1, "true"],
     "stream": [1, "yes"],
     "priority": [2**40, 1.5, "x"],
@@ -405,7 +407,7 @@ def test_huge_prompts_leave_health_alone(live: Live) -> None:
     answers: list[Any] = []
 
     def send() -> None:
-        answers.append(request(live.port, "POST", TEXT, {"prompt": text}))
+        answers.append(request(live.port, "POST", "/tokenize", {"prompt": text}))
 
     thread = threading.Thread(target=send)
     thread.start()
@@ -415,9 +417,32 @@ def test_huge_prompts_leave_health_alone(live: Live) -> None:
         assert request(live.port, "GET", "/health")[0] == 200
         times.append(time.monotonic() - began)
     thread.join()
-    assert_error(answers[0][2], "context_length_exceeded")
-    assert len(times) >= 3, "the prompt was refused without being read, or nobody was answered"
+    assert answers[0][2]["count"] >= 400_000
+    assert len(times) >= 3, "the text was tokenized in no time, or nobody was answered"
     assert sorted(times)[len(times) // 2] < 0.5
+
+
+def test_texts_that_cannot_fit_are_not_tokenized(
+    live: Live, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: Any, **__: Any) -> None:
+        raise AssertionError("a text that cannot fit was tokenized")
+
+    limits = live.service.limits()
+    text = "a" * (limits.max_prompt_chars + 1)
+    monkeypatch.setattr(live.service.prompts, "encode_all", refuse)
+    monkeypatch.setattr(live.service.prompts, "encode_chat", refuse)
+    parts = [{"type": "text", "text": text[1:]}, {"type": "text", "text": "a"}]
+    for path, body in (
+        (TEXT, {"prompt": text}),
+        (TEXT, {"prompt": ["short", text]}),
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": text}]}),
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": parts}]}),
+    ):
+        status, _, answer = request(live.port, "POST", path, body)
+        assert status == 400
+        error = assert_error(answer, "context_length_exceeded")
+        assert f"maximum context length is {limits.max_prompt_len} tokens" in error["message"]
 
 
 def test_keys(start: Any) -> None:

@@ -55,6 +55,15 @@ def test_any_text(kind: str, text: str, cuts: list[int]) -> None:
     assert shown == text.replace("<|end|>", "").replace("<|unk|>", "") or kind != "byte level"
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@FAST
+@given(text=TEXTS)
+@example(text="<|unk|>" * 3)
+def test_tokens_stand_for_a_bounded_number_of_characters(kind: str, text: str) -> None:
+    tokenizer = KINDS[kind]()
+    assert len(text) <= len(tokenizer.encode(text)) * tokenizer.most_characters()
+
+
 @FAST
 @given(token_ids=st.lists(st.integers(0, 499), max_size=40), cuts=CUTS)
 def test_any_tokens_of_bytes(token_ids: list[int], cuts: list[int]) -> None:
