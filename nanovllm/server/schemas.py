@@ -23,6 +23,7 @@ ROLES = ("system", "developer", "user", "assistant", "tool")
 TEXT_PARTS = ("text", "input_text", "output_text", "refusal")
 TOOL_CHOICES = ("none", "auto", "required")
 MAX_STOPS = 4
+MAX_BAD_WORDS, MAX_BAD_CHARACTERS = 1000, 1 << 16  # each step looks at each of them
 MAX_PRIORITY = 2**31
 MAX_SALT = 1024
 
@@ -139,7 +140,7 @@ class Request(msgspec.Struct, kw_only=True):
     stop_token_ids: list[TokenId] | None = None
     ignore_eos: bool | None = None
     include_stop_str_in_output: bool | None = None
-    bad_words: list[Words] | None = None
+    bad_words: Annotated[list[Words], _shown(maxItems=MAX_BAD_WORDS)] | None = None
     allowed_token_ids: Annotated[list[TokenId], _shown(minItems=1)] | None = None
     logit_bias: LogitBias | None = None
     priority: Annotated[int, _range(-MAX_PRIORITY, MAX_PRIORITY)] | None = None
