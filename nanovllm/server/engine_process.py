@@ -79,6 +79,8 @@ class Link:
                     self.commands.put(command)
         except OSError:
             pass  # the same as the end of the stream
+        except BaseException:  # a library's panic, too: an engine that hears nothing must not go on
+            logger.exception("commands cannot be read")
         self.commands.put(Shutdown())
         self._on_gone()
 

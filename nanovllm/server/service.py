@@ -73,8 +73,11 @@ class ServerConfig:
             raise ConfigError(f"on_engine_death is exit or restart, got {self.on_engine_death!r}")
         if not _METRIC_PREFIX.fullmatch(str(self.metrics_prefix)):
             raise ConfigError(f"metrics_prefix must be letters and _, got {self.metrics_prefix!r}")
-        if not all(key.strip() for key in self.api_keys):
-            raise ConfigError("api_key must not be empty: leave it out to ask for none")
+        if not all(key and key == key.strip() for key in self.api_keys):
+            raise ConfigError(
+                "api_key must not be empty, nor have white space around it: leave it out to ask "
+                "for none"
+            )
 
 
 class Service:

@@ -337,7 +337,8 @@ def test_yaml_and_flags(tmp_path: Path, model_dir: Path, monkeypatch: pytest.Mon
     assert named == {"chat_template": None, "in_process": False}
     for text in ("prot: 1", "port: abc", "any-model: 5", "- 1", "a: [", "port: true",
                  "chat-template: 5", "drain-timeout: x", "api-key: 123", "api-key: [a, 1]",
-                 "api-key:", "served-model-name: 7", "in-process: 5"):  # fmt: skip
+                 "api-key:", "api-key: |\n  secret", "served-model-name: 7",
+                 "in-process: 5"):  # fmt: skip
         path.write_text(text + "\n")
         monkeypatch.undo()
         assert main(["serve", str(model_dir), "--config", str(path)]) == 2, text

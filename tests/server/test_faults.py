@@ -237,6 +237,24 @@ def test_the_engine_itself_breaks(
     assert b'engine_up{model_name="tiny"} 0.0' in request(live.port, "GET", "/metrics")[2]
 
 
+def test_an_engine_that_hears_no_more_commands_ends(
+    start: Callable[..., Live], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def deaf(core: Any) -> Callable[[Any], None]:
+        def prepare(command: Any) -> None:
+            raise RuntimeError("boom")
+
+        return prepare
+
+    monkeypatch.setattr("nanovllm.server.engine_process.compiler_for", deaf)
+    monkeypatch.setattr("nanovllm.server.launch.DEATH_LINGER", 5.0)
+    live = start()
+    status, _, answer = request(live.port, "POST", TEXT, LONG)
+    assert status == 500
+    assert_error(answer, "engine_error")
+    assert request(live.port, "GET", "/health")[0] == 503
+
+
 def test_nan_logits_fail_their_request_alone(
     start: Callable[..., Live], monkeypatch: pytest.MonkeyPatch
 ) -> None:
