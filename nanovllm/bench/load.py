@@ -129,8 +129,8 @@ async def _one(
                 if chunk.get("usage"):
                     _count(record, chunk["usage"])
                 record.ended = now
-        if record.first is None:
-            record.first = record.ended  # an answer of special tokens alone
+        if record.first is None:  # an answer of special tokens alone, or of nothing
+            record.first = record.ended = time.perf_counter() - begin
     except TimeoutError:
         record.failure, record.message = "timeout", f"no whole answer in {timeout:g} s"
     except RemoteError as error:

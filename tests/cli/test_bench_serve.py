@@ -254,6 +254,18 @@ def test_failures_are_counted_by_kind(cli: Any, tmp_path: Path) -> None:
     assert (shown["in"], shown["out"], shown["failed"]) == ("20", "2", "3")
 
 
+def test_answers_without_text_have_times(cli: Any, tmp_path: Path) -> None:
+    empty = event({"choices": [{"index": 0, "delta": {}, "finish_reason": "stop"}]})
+    with scripted(*[stream(DONE), stream(empty, DONE)] * 2) as server:
+        line = ("--url", server.url, "--num-requests", "2", "--warm-up", "0", "--input-len", "20",
+                "--output-len", "2", "--concurrency", "1", "--json", tmp_path / "out")  # fmt: skip
+        assert bench(cli, *line).status == 0
+    (point,) = json.loads((tmp_path / "out").read_text())["points"]
+    columns = (point["requests"][name] for name in ("started", "first", "ended"))
+    assert all(started < first <= ended for started, first, ended in zip(*columns, strict=True))
+    assert point["summary"]["num_done"] == 2
+
+
 @pytest.mark.parametrize("silent", ["GET", "POST"])
 def test_a_server_that_never_answers_is_told(cli: Any, silent: str) -> None:
     ended = threading.Event()
