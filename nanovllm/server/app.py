@@ -20,6 +20,7 @@ from nanovllm.server.service import Service
 
 MAX_HEADERS = 128
 MAX_HEADER_BYTES = 32 << 10
+MAX_HELD = 512 << 20  # bytes of the bodies of all requests that are not answered yet
 CLIENT_CLOSED = 499  # nginx's number; nobody is left to read it
 _REQUEST_ID = re.compile(rb"[\x21-\x7e]{1,128}")
 
@@ -41,7 +42,8 @@ def create_app(service: Service) -> ASGIApp:
 
 
 class Gate:
-    """In front of everything: request ids, header limits, the key, and the count of requests."""
+    """In front of everything: request ids, limits of headers and of what all bodies hold, the key,
+    and the count of requests."""
 
     def __init__(self, app: ASGIApp, service: Service) -> None:
         self._app = app
@@ -65,11 +67,25 @@ class Gate:
         if refusal is not None:
             await error_response(refusal)(scope, receive, send_with_id)
             return
-        self._service.num_open += 1
+        service = self._service
+        taken = 0
+
+        async def receive_some() -> Message:
+            nonlocal taken
+            message = await receive()
+            size = len(message.get("body", b""))
+            taken += size
+            service.num_held += size
+            if size and service.num_held > MAX_HELD:
+                raise _too_much(service)
+            return message
+
+        service.num_open += 1
         try:
-            await self._app(scope, receive, send_with_id)
+            await self._app(scope, receive_some, send_with_id)
         finally:
-            self._service.num_open -= 1
+            service.num_open -= 1
+            service.num_held -= taken
 
     def _check_key(self, scope: Scope) -> ApiError | None:
         path = scope.get("raw_path", scope["path"].encode()).partition(b"?")[0]
@@ -86,6 +102,12 @@ class Gate:
         )
         challenge = {"WWW-Authenticate": "Bearer"}
         return ApiError(401, message, code="invalid_api_key", headers=challenge)
+
+
+def _too_much(service: Service) -> ApiError:
+    service.metrics.rejected("queue_full")
+    message = f"The requests underway hold {MAX_HELD} bytes, the most they may. Try again later."
+    return ApiError(429, message, code="queue_full", headers={"Retry-After": "1"})
 
 
 def _request_id(headers: list[tuple[bytes, bytes]]) -> bytes:

@@ -173,7 +173,7 @@ ENDPOINTS = (
         "Token ids of a prompt, or of a conversation as the model reads it",
         answers.Tokens,
         body=schemas.TokenizeRequest,
-        errors=(503,),
+        errors=(429, 503),
     ),
     Endpoint(
         "POST",
@@ -182,7 +182,7 @@ ENDPOINTS = (
         "The text of token ids",
         answers.Prompt,
         body=schemas.DetokenizeRequest,
-        errors=(503,),
+        errors=(429, 503),
     ),
     Endpoint(
         "GET",

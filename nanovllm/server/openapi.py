@@ -31,7 +31,7 @@ ERRORS = {
     408: "The body did not come in time",
     413: "The body is too large",
     415: "The body is no JSON",
-    429: "Too many requests run and wait",
+    429: "Too many requests run and wait, or they hold too much",
     431: "Too many or too long headers",
     500: "The request was lost inside",
     503: "The model is loading, the server is ending, or the engine is gone",

@@ -101,6 +101,7 @@ class Service:
         self.created = int(time.time())
         self.draining = False
         self.num_open = 0  # requests that were admitted and not answered completely
+        self.num_held = 0  # bytes of their bodies
         self.defaults = _sampling_defaults(files.generation)
         self._eos_token_ids = frozenset(files.eos_token_ids())
         self.structures = StructureCompiler(tokenizer, files.eos_token_ids())

@@ -394,6 +394,22 @@ def test_half_open_bodies_harm_nobody(live: Live) -> None:
     live.wait_until(lambda: live.service.num_open == 0)
 
 
+def test_bodies_together_have_a_limit(live: Live, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("nanovllm.server.app.MAX_HELD", 10_000)
+    head = f"POST {TEXT} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+    body = {"prompt": "fox", "max_tokens": 1, "user": "x" * 5000}
+    with socket.create_connection(("127.0.0.1", live.port)) as sock:
+        sock.sendall((head + "Content-Length: 9000\r\n\r\n" + " " * 8000).encode())
+        live.wait_until(lambda: live.service.num_held == 8000)
+        status, headers, answer = request(live.port, "POST", TEXT, body)
+        assert status == 429
+        assert int(headers["retry-after"]) > 0
+        assert_error(answer, "queue_full")
+        assert request(live.port, "GET", "/health")[0] == 200
+    live.wait_until(lambda: live.service.num_held == 0)
+    assert request(live.port, "POST", TEXT, body)[0] == 200
+
+
 def test_a_body_that_never_comes_ends(live: Live, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("nanovllm.server.http.BODY_SECONDS", 0.2)
     head = f"POST {TEXT} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
