@@ -72,7 +72,10 @@ class Scripted:
                 while (header := file.readline().strip()) != b"":
                     name, _, value = header.decode().partition(":")
                     length = int(value) if name.lower() == "content-length" else length
-                body = json.loads(file.read(length)) if length else None
+                data = file.read(length)
+                if len(data) < length:
+                    return  # the client ended between head and body
+                body = json.loads(data) if length else None
                 self.requests.append((method, path, body))
                 script = self._respond(method, path, body)
                 for piece in script:
