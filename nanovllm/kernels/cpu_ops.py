@@ -18,7 +18,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from nanovllm.kernels.cpu.library import library
+from nanovllm.kernels.cpu.library import NO_MEMORY, library
 from nanovllm.kernels.cpu.views import (
     DTYPES,
     MAX_DIM,
@@ -65,7 +65,8 @@ def one_torch_thread() -> Iterator[None]:
 
 
 class CpuOps:
-    """The operators. Wrong dtypes, shapes or strides raise ValueError with the numbers."""
+    """The operators. Wrong dtypes, shapes or strides raise ValueError with the numbers, too little
+    memory to work in raises MemoryError."""
 
     def __init__(self, library: ctypes.CDLL) -> None:
         self._library = library
@@ -90,12 +91,12 @@ class CpuOps:
         if k != w.k or x.dtype is not w.dtype or rows.stride(1) != 1:
             raise ValueError(f"linear: x is {describe(x)}, the weight [{w.n}, {w.k}] {w.dtype}")
         out = torch.empty(m, w.n, dtype=x.dtype)
-        if bias is None:
-            self._linear(w.handle, rows.data_ptr(), rows.stride(0), m, None, out.data_ptr())
-        else:
+        bias_ptr = None
+        if bias is not None:
             check("linear: bias", bias, (w.n,), x.dtype)
             bias_ptr = bias.data_ptr()
-            self._linear(w.handle, rows.data_ptr(), rows.stride(0), m, bias_ptr, out.data_ptr())
+        if self._linear(w.handle, rows.data_ptr(), rows.stride(0), m, bias_ptr, out.data_ptr()):
+            raise MemoryError(f"linear: no memory to work on {m} rows of {k}")
         return out if x.dim() == 2 else out.view(*x.shape[:-1], w.n)
 
     def embedding(self, w: PackedWeight, ids: Tensor) -> Tensor:
@@ -253,6 +254,8 @@ class CpuOps:
             raise ValueError(
                 f"attention: sequence {bad} names a block outside [0, {cache.num_blocks})"
             )
+        if bad == NO_MEMORY:
+            raise MemoryError(f"attention: no memory to work on {q.shape[0]} tokens")
         if bad < -1:
             raise ValueError(f"attention: {cache.describe_slot(batch.slot(-2 - bad))}")
         return out

@@ -28,6 +28,7 @@ WRONG = {
     3: "a new token's slot outside the KV cache",
     4: "a block outside the KV cache",
 }
+NO_MEMORY = 5
 
 
 class _Linear(ctypes.Structure):
@@ -122,6 +123,8 @@ class CpuForward:
             *(ctypes.addressof(self._model), ctypes.addressof(batch.plan)),
             *(token_ids.data_ptr(), batch.positions.data_ptr(), out.data_ptr()),
         )
+        if wrong == NO_MEMORY:
+            raise MemoryError(f"no memory for a step of {len(token_ids)} tokens")
         if wrong:
             raise ValueError(f"a step of {len(token_ids)} tokens names {WRONG[wrong]}")
         return out

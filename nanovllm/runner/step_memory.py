@@ -52,8 +52,8 @@ class StepMemory:
         if self.max_tokens is None or size <= self.max_tokens:
             try:
                 return compute(plan)
-            except torch.OutOfMemoryError:
-                if size <= MIN_TOKENS:
+            except (RuntimeError, MemoryError) as error:
+                if size <= MIN_TOKENS or not _ran_out(error):
                     raise
         # The failed step's tensors are gone only now that its exception is.
         return self._shrink(plan, compute)
@@ -68,8 +68,8 @@ class StepMemory:
             try:
                 result = self._in_pieces(plan, size, compute)
                 break
-            except torch.OutOfMemoryError:
-                if size <= MIN_TOKENS:
+            except (RuntimeError, MemoryError) as error:
+                if size <= MIN_TOKENS or not _ran_out(error):
                     raise
                 failed = True
         if failed:
@@ -126,6 +126,12 @@ def joined(plan: StepPlan, results: list[StepResult]) -> StepResult:
         error = before.error or part.error
         found[part.row] = part._replace(prompt_logprobs=prompt, prompt_start=start, error=error)
     return StepResult(plan.step_id, tuple(found[step.row] for step in plan.rows))
+
+
+def _ran_out(error: Exception) -> bool:
+    """Whether memory was lacking: torch has a class for it on a GPU, and only words on a CPU."""
+    classes = (torch.OutOfMemoryError, MemoryError)
+    return isinstance(error, classes) or "can't allocate memory" in str(error)
 
 
 def _release_cached_memory() -> None:

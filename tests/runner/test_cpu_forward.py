@@ -14,7 +14,7 @@ from reference import open_model, runner_of
 from tiny_models import FAMILIES
 
 from nanovllm.attention.base import AttentionBatch
-from nanovllm.runner.cpu_forward import CpuForward
+from nanovllm.runner.cpu_forward import NO_MEMORY, CpuForward
 
 SIZE = 8
 STEPS = [[40, 3, 17], [1, 1, 1], [20, 1, 1], [1, 1, 1]]  # new tokens of three sequences
@@ -75,6 +75,15 @@ def test_what_is_out_of_range_is_refused(what: str, words: str, models: Any) -> 
         wrong[..., -1] = 10**6
         with pytest.raises(ValueError, match=words):
             forward(ids, batch)
+
+
+def test_too_little_memory_is_an_error_that_the_engine_knows(models: Any) -> None:
+    with open_model(models("llama")) as llm:
+        runner = runner_of(llm)
+        forward = CpuForward(runner.model, runner.kv_cache)
+        forward._call = lambda *_: NO_MEMORY
+        with pytest.raises(MemoryError, match="a step of 2 tokens"):
+            forward(torch.tensor([5, 6]), batch_of([2], [0], torch.tensor([[3]]).int()))
 
 
 def test_other_operators_keep_the_general_way(models: Any) -> None:

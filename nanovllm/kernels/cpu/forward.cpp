@@ -14,7 +14,7 @@ struct Linear {
   const void* bias;    // may be null
 
   void operator()(const void* x, long rows, long k, void* out) const {
-    nanovllm_linear(weight, x, k, rows, bias, out);
+    if (nanovllm_linear(weight, x, k, rows, bias, out) != 0) throw std::bad_alloc();
   }
 };
 
@@ -42,8 +42,8 @@ struct Model {
   long heads() const { return num_heads + 2 * num_kv_heads; }
 };
 
-// What of a step is outside its range.
-enum Wrong { kNothing, kTokenId, kPosition, kSlot, kBlock };
+// What of a step is outside its range; memory is what it found too little of.
+enum Wrong { kNothing, kTokenId, kPosition, kSlot, kBlock, kMemory };
 
 // The activations of a step of `rows` tokens.
 struct Step {
@@ -78,6 +78,7 @@ struct Step {
                   layer.k_norm, m.eps, m.cos_sin, m.max_positions, positions, rows, m.head_dim);
     long bad = nanovllm_attention(&layer.cache, &batch, qkv, row, k, row, v, row, m.num_heads,
                                   m.scale, layer.window, attended);
+    if (bad == kNoMemory) return kMemory;
     if (bad != -1) return bad >= 0 ? kBlock : kSlot;
     layer.o(attended, rows, m.num_heads * m.head_dim, hidden);
     add_norm(layer.post_norm, hidden);
@@ -88,13 +89,10 @@ struct Step {
   }
 };
 
-}  // namespace
-
-extern "C" int nanovllm_forward(const Model* model, const Batch* batch, const int64_t* ids,
-                                const int64_t* positions, void* out) {
-  const Model& m = *model;
+Wrong forward(const Model& m, const Batch& batch, const int64_t* ids, const int64_t* positions,
+              void* out) {
   const Layer* layers = m.layers;
-  Step step(m, *batch, positions);
+  Step step(m, batch, positions);
   if (nanovllm_embedding(m.embed, ids, step.rows, step.residual) >= 0) return kTokenId;
   if (first_outside(positions, step.rows, m.max_positions) >= 0) return kPosition;
   nanovllm_rms_norm(m.dtype, step.residual, m.hidden, layers->input_norm, m.eps, step.rows,
@@ -106,6 +104,14 @@ extern "C" int nanovllm_forward(const Model* model, const Batch* batch, const in
   }
   step.add_norm(m.final_norm, out);
   return kNothing;
+}
+
+}  // namespace
+
+extern "C" int nanovllm_forward(const Model* model, const Batch* batch, const int64_t* ids,
+                                const int64_t* positions, void* out) {
+  return unless_out_of_memory(
+      kMemory, [&] { return forward(*model, *batch, ids, positions, out); });
 }
 
 }  // namespace nanovllm

@@ -12,12 +12,13 @@ import torch
 from nanovllm.kernels.cpu.build import BuildError, build_library
 
 POINTER, LONG, INT, FLOAT = ctypes.c_void_p, ctypes.c_long, ctypes.c_int, ctypes.c_float
+NO_MEMORY = -(2**63)  # what attention returns where memory ran out
 _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "start": (None, [INT]),
     "pack": (POINTER, [POINTER, LONG, LONG, INT]),
     "free": (None, [POINTER]),
     "want_huge_pages": (None, [POINTER, LONG]),
-    "linear": (None, [POINTER, POINTER, LONG, LONG, POINTER, POINTER]),
+    "linear": (INT, [POINTER, POINTER, LONG, LONG, POINTER, POINTER]),
     "embedding": (LONG, [POINTER, POINTER, LONG, POINTER]),
     "rms_norm": (None, [INT, POINTER, LONG, POINTER, FLOAT, LONG, LONG, POINTER]),
     "add_rms_norm": (None, [INT, *[POINTER] * 3, FLOAT, LONG, LONG, POINTER]),

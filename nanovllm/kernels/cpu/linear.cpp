@@ -205,15 +205,19 @@ void nanovllm_free(void* packed) {
   delete w;
 }
 
-void nanovllm_linear(const void* packed, const void* x, long x_row, long m, const void* bias,
-                     void* out) {
+// Returns 0, or 1 where memory ran out.
+int nanovllm_linear(const void* packed, const void* x, long x_row, long m, const void* bias,
+                    void* out) {
   const Packed& w = *static_cast<const Packed*>(packed);
-  with_element(w.dtype, [&](auto zero) {
-    using Element = decltype(zero);
-    using Kind = typename KindFor<Element>::Type;
-    Linear<Kind>{w, static_cast<const Element*>(x), x_row, static_cast<const Element*>(bias),
-                 static_cast<Element*>(out), Panels(m)}
-        .run();
+  return unless_out_of_memory(1, [&] {
+    with_element(w.dtype, [&](auto zero) {
+      using Element = decltype(zero);
+      using Kind = typename KindFor<Element>::Type;
+      Linear<Kind>{w, static_cast<const Element*>(x), x_row, static_cast<const Element*>(bias),
+                   static_cast<Element*>(out), Panels(m)}
+          .run();
+    });
+    return 0;
   });
 }
 

@@ -2,16 +2,20 @@
 #pragma once
 
 #include <cstdint>
+#include <limits>
 
 namespace nanovllm {
 
 struct Cache;
 struct Batch;
 
+// What nanovllm_attention returns where memory ran out.
+constexpr long kNoMemory = std::numeric_limits<long>::min();
+
 extern "C" {
 long nanovllm_embedding(const void* packed, const int64_t* ids, long count, void* out);
-void nanovllm_linear(const void* packed, const void* x, long x_row, long m, const void* bias,
-                     void* out);
+int nanovllm_linear(const void* packed, const void* x, long x_row, long m, const void* bias,
+                    void* out);
 void nanovllm_rms_norm(int dtype, const void* x, long x_row, const void* weight, float eps,
                        long rows, long n, void* out);
 void nanovllm_add_rms_norm(int dtype, const void* x, void* residual, const void* weight, float eps,

@@ -48,7 +48,7 @@ class Pool {
     for (int i = 1; i < size; i++) std::thread([this] { work(); }).detach();
   }
 
-  // Runs the job if no other caller is using the pool.
+  // Runs the job if no other caller is using the pool; throws if a chunk ran out of memory.
   bool try_run(int num_chunks, ChunkFunction function, void* context) {
     if (!caller_.try_lock()) return false;
     function_ = function;
@@ -58,7 +58,9 @@ class Pool {
     open();
     take_chunks();
     close();
+    bool failed = failed_.exchange(false, std::memory_order_relaxed);
     caller_.unlock();
+    if (failed) throw std::bad_alloc();
     return true;
   }
 
@@ -108,7 +110,11 @@ class Pool {
     for (;;) {
       int chunk = next_chunk_.fetch_add(1, std::memory_order_relaxed);
       if (chunk >= num_chunks_) return;
-      function_(context_, chunk);
+      try {
+        function_(context_, chunk);
+      } catch (const std::bad_alloc&) {  // out of a worker it would end the process
+        failed_.store(true, std::memory_order_relaxed);
+      }
     }
   }
 
@@ -140,6 +146,7 @@ class Pool {
   alignas(64) std::atomic<int> next_chunk_{0};
   alignas(64) std::atomic<int> num_sleeping_{0};
   std::atomic<bool> caller_sleeps_{false};
+  std::atomic<bool> failed_{false};  // a chunk ran out of memory
   std::mutex sleep_;
   std::condition_variable job_opened_;
   std::condition_variable job_left_;
@@ -178,6 +185,7 @@ void* scratch(Slot slot, unsigned long bytes) {
   if (buffer.bytes < bytes) {
     std::free(buffer.memory);
     buffer.memory = nullptr;
+    buffer.bytes = 0;
     buffer.memory = aligned(bytes);
     buffer.bytes = bytes;
   }

@@ -5,6 +5,8 @@
 // its chunks itself: same results, one thread.
 #pragma once
 
+#include <new>
+
 namespace nanovllm {
 
 using ChunkFunction = void (*)(void* context, int chunk);
@@ -14,7 +16,8 @@ void run_chunks(int num_chunks, ChunkFunction function, void* context);
 // The threads that work on a job, the caller's own included.
 int num_threads();
 
-// Calls body(chunk) once for every chunk in [0, num_chunks), in any order and on any thread.
+// Calls body(chunk) once for every chunk in [0, num_chunks), in any order and on any thread. A
+// std::bad_alloc of one is thrown when all are done.
 template <class Body>
 void parallel_for(int num_chunks, const Body& body) {
   if (num_chunks == 1) return body(0);
@@ -23,8 +26,19 @@ void parallel_for(int num_chunks, const Body& body) {
 }
 
 // A buffer of this thread, at least `bytes` long, aligned to a cache line; `slot` tells the
-// buffers of one thread apart. The contents are lost at the next call with the same slot.
+// buffers of one thread apart. The contents are lost at the next call with the same slot. Throws
+// std::bad_alloc without memory.
 enum class Slot { kActivations, kTile, kForward };
 void* scratch(Slot slot, unsigned long bytes);
+
+// What `body` returns, or `failed` where memory ran out: no exception may reach Python's side.
+template <class Result, class Body>
+Result unless_out_of_memory(Result failed, const Body& body) {
+  try {
+    return body();
+  } catch (const std::bad_alloc&) {
+    return failed;
+  }
+}
 
 }  // namespace nanovllm
