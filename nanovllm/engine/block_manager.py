@@ -124,7 +124,8 @@ class BlockManager:
         """Offers seq's full blocks, as far as computed and known, for sharing.
 
         May be called as soon as the step that fills them is planned: a later step cannot
-        overtake it, and inside one step all keys and values are stored before they are read.
+        overtake it, and inside one step keys and values are stored before they are read. But for
+        a single token's, which waits for the result (engine/plan.py).
         """
         if not self.enable_prefix_caching:
             return

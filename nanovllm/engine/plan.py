@@ -49,6 +49,9 @@ class StepPlan:
     """One step. Order of execution: freed_rows, new_rows, block_copies, then rows.
 
     block_copies are (source, destination) block ids; all sources are read before any is written.
+    A row may begin on slots that an earlier row of the same plan fills, so keys and values are
+    stored before any row attends. But nobody reads what a row of a single token stores: where all
+    rows have one, each may store and attend at once.
     """
 
     step_id: int

@@ -142,10 +142,6 @@ class Scheduler:
             )
         )
 
-    @property
-    def has_work(self) -> bool:
-        return bool(self.running or self.waiting)
-
     # --- planning ---------------------------------------------------------------------------
 
     def schedule(self) -> StepPlan | None:
@@ -208,7 +204,8 @@ class Scheduler:
         seq.num_pending += sample
         draft.rows.append(RowStep(seq.row, num_tokens, sample, new_block_ids, replaced_block))
         draft.planned[seq] = num_tokens
-        self.blocks.register(seq)
+        if num_tokens > 1:  # a single token's block is offered with its result: see StepPlan
+            self.blocks.register(seq)
 
     def _admit_waiting(self, draft: _Draft, *, forks_only: bool = False) -> None:
         """First come, first served: nobody overtakes the head of the queue.
@@ -365,6 +362,7 @@ class Scheduler:
         if row.error is not None:
             self.finish(seq, "error", discard=True)
             return SequenceUpdate(seq, finish_reason="error", error=row.error)
+        self.blocks.register(seq)
         reason = stop_id = None
         for token_id in row.token_ids:
             seq.token_ids.append(token_id)
@@ -374,8 +372,6 @@ class Scheduler:
             if reason is not None:
                 self.finish(seq, reason)
                 break
-        if seq.status is Status.RUNNING:
-            self.blocks.register(seq)
         return SequenceUpdate(
             seq,
             row.token_ids,

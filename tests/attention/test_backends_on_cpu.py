@@ -116,6 +116,41 @@ def test_contract(
         begin += n
 
 
+@pytest.mark.parametrize("backend", [TorchAttention, CpuAttention])
+def test_a_sequence_may_begin_on_what_another_stores_in_the_same_step(
+    backend: type[AttentionBackend],
+) -> None:
+    """The one that reads comes first in the batch, so that no order of the work helps."""
+    heads, kv_heads, dim = 4, 2, 16
+    reason = backend.unsupported(spec_of(heads, kv_heads, dim, torch.float32))
+    if reason is not None:
+        pytest.skip(reason)
+    torch.manual_seed(0)
+    q = torch.randn(28, heads, dim)
+    k, v = torch.randn(2, 28, kv_heads, dim)
+    tables = torch.tensor([[2, 0, 1], [2, 3, -1]]).int()
+    slots = [*range(8), *range(8, 12), *range(16, 24), *range(24, 32)]
+    batch = AttentionBatch(
+        cu_q_lens=torch.tensor([0, 12, 28]).int(),  # 12 tokens after a block of 8, and all 16
+        context_lens=torch.tensor([20, 16]).int(),
+        block_tables=tables,
+        slot_mapping=torch.tensor(slots),
+        positions=torch.tensor([*range(8, 20), *range(16)]),
+        max_q_len=16,
+        max_context_len=20,
+    )
+    cache = torch.full((4, 2, kv_heads, SLOTS, dim), float("nan"))
+    attention: Any = backend()
+    attention.plan(batch)
+    out = attention.forward(q, k, v, cache, batch, dim**-0.5, None)
+    keys, values = (torch.cat((x[12:20], x[:12])) for x in (k, v))
+    for got, expected in (
+        (out[:12], textbook(q[:12], keys, values, 8, dim**-0.5, None)),
+        (out[12:], textbook(q[12:], k[12:], v[12:], 0, dim**-0.5, None)),
+    ):
+        torch.testing.assert_close(got.double(), expected, atol=2e-6, rtol=2e-6)
+
+
 def test_selection_says_why() -> None:
     odd = spec_of(4, 2, 20, torch.float32)
     backend, reasons = select_backend(odd)

@@ -217,7 +217,8 @@ class EngineMachine(RuleBasedStateMachine):
         self.core.step()
         self.scheduler.check_integrity()
         assert self.blocks.num_used == 0, "blocks leak"
-        assert not self.scheduler.has_work
+        assert not self.scheduler.running
+        assert not self.scheduler.waiting
         everyone = [seq.seq_id for group in self.requests.values() for seq in group]
         assert sorted(self.ends) == everyone, "some request never ended"
         self.core.close()

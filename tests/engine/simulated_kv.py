@@ -105,9 +105,9 @@ class SimulatedKV:
             self._spoil(plan)
             return SimulatedStep(self, plan, RuntimeError("the device is on fire"), {})
         self._copy(plan)
-        self._write(plan)
+        alone = self._write(plan)
         wrong: dict[int, str] = {}
-        results = tuple(self._row_result(step, wrong) for step in plan.rows)
+        results = tuple(self._row_result(step, wrong, alone) for step in plan.rows)
         return SimulatedStep(self, plan, StepResult(plan.step_id, results), wrong)
 
     def close(self) -> None:
@@ -158,8 +158,10 @@ class SimulatedKV:
         for slot, content in read.items():
             self.slots[slot] = NOTHING if content is None else content
 
-    def _write(self, plan: StepPlan) -> None:
+    def _write(self, plan: StepPlan) -> set[int]:
+        """Returns the slots of rows of a single token: nobody else may read them in this step."""
         written: set[int] = set()
+        alone: set[int] = set()
         for step in plan.rows:
             row = self.rows[step.row]
             known = contents(row.salt, row.tokens)
@@ -168,9 +170,14 @@ class SimulatedKV:
                 assert slot not in written, "two rows write one slot"
                 written.add(slot)
                 self.slots[slot] = known[position]
+                if step.num_tokens == 1:
+                    alone.add(slot)
+        return alone
 
-    def _row_result(self, step: RowStep, wrong: dict[int, str]) -> RowResult:
+    def _row_result(self, step: RowStep, wrong: dict[int, str], alone: set[int]) -> RowResult:
         row = self.rows[step.row]
+        if any(self._slot(row, position) in alone for position in range(row.num_computed)):
+            wrong[row.seed] = f"{row} reads what a single token stores in the same step"
         row.num_computed += step.num_tokens
         known = contents(row.salt, row.tokens)[: row.num_computed]
         for position, content in enumerate(known):

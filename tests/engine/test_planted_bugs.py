@@ -140,7 +140,18 @@ def end_one_token_late(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(Scheduler, "_limit", lambda self, seq: limit(self, seq) + 1)
 
 
+def offer_what_a_single_token_is_about_to_fill(patch: pytest.MonkeyPatch) -> None:
+    plan_row = Scheduler._plan_row
+
+    def plan_and_offer(self: Scheduler, seq: Sequence, *rest: Any) -> None:
+        plan_row(self, seq, *rest)
+        self.blocks.register(seq)
+
+    patch.setattr(Scheduler, "_plan_row", plan_and_offer)
+
+
 BUGS: list[Patch] = [
+    offer_what_a_single_token_is_about_to_fill,
     readmit_before_the_result,
     end_one_token_late,
     fork_without_counting,

@@ -178,6 +178,32 @@ def test_recomputing_after_preemption_uses_the_cache() -> None:
     engine.finish()
 
 
+def test_the_block_of_a_single_token_is_offered_with_its_result() -> None:
+    """Such a token may be stored and attended at once: another row of the step would be early."""
+    engine = Engine()
+    first = engine.add("a", 3)
+    engine.step()
+    prompt = [*first.token_ids, 1]
+
+    def follow(name: str) -> Sequence:
+        (seq,) = engine.core.add(name, prompt, ENDLESS)
+        engine.kv.know([seq])
+        engine.step()
+        return seq
+
+    assert len(first.token_ids) == engine.blocks.block_size
+    assert follow("in the same step").stats.num_cached_tokens == 0
+    assert follow("in the next").stats.num_cached_tokens == 4
+    engine.finish()
+
+
+def test_the_last_block_of_a_finished_sequence_is_offered() -> None:
+    engine = Engine()
+    engine.add("a", 3, SamplingParams(max_tokens=2, ignore_eos=True))
+    engine.finish()
+    assert engine.blocks.num_cached == 1
+
+
 def test_completions_share_what_the_first_one_computed() -> None:
     engine = Engine(max_num_seqs=3, block_size=4)
     group: list[Sequence] = engine.add("a", 10, SamplingParams(n=3, max_tokens=4, ignore_eos=True))

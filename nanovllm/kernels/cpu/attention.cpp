@@ -3,6 +3,7 @@
 #include <vector>
 
 #include "attention_unit.h"
+#include "operators.h"
 
 namespace nanovllm {
 namespace {
@@ -73,8 +74,9 @@ struct Attention {
     long work = cut();
     int count = static_cast<int>(parts.size() * a.cache.num_heads);
     bool by_spans = work >= kSmallWork && count < 2 * num_threads() && most_spans > 1;
-    // A unit of a whole sequence stores the tokens itself, into lines that it has had fetched.
-    bool stores = fresh.k && !by_spans && static_cast<long>(parts.size()) == a.batch.num_seqs;
+    // The unit of a single token stores it itself, into lines that it has had fetched: no other
+    // sequence of the step reads them (engine/plan.py). Longer ones may be read by another.
+    bool stores = fresh.k && !by_spans && a.batch.num_tokens == a.batch.num_seqs;
     if (fresh.k && !stores) store_all<Kind>(a.cache, a.batch, fresh);
     if (by_spans) return run_spans(count);
     auto attend = [&](int i) {
@@ -170,7 +172,7 @@ long nanovllm_store_kv(const Cache* cache, const Batch* batch, const void* k, lo
 }
 
 // Stores k and v unless k is null, then attends. Returns -1 when all went well, the first sequence
-// with a block outside the cache, or -2 - t for a token t whose slot is.
+// with a block outside the cache, -2 - t for a token t whose slot is, or kNoMemory.
 long nanovllm_attention(const Cache* cache, const Batch* batch, const void* q, long q_row,
                         const void* k, long k_row, const void* v, long v_row, long num_heads,
                         float scale, long window, void* out) {
@@ -178,16 +180,18 @@ long nanovllm_attention(const Cache* cache, const Batch* batch, const void* q, l
   if (bad >= 0) return bad;
   bad = k ? first_outside(batch->slots, batch->num_tokens, cache->num_slots()) : -1;
   if (bad >= 0) return -2 - bad;
-  with_element(cache->dtype, [&](auto zero) {
-    using Element = decltype(zero);
-    using Kind = typename KindFor<Element>::Type;
-    Attention<Kind>{
-        {*cache, *batch, static_cast<const Element*>(q), q_row, num_heads, scale, window,
-         static_cast<Element*>(out)},
-        {static_cast<const Element*>(k), k_row, static_cast<const Element*>(v), v_row}}
-        .run();
+  return unless_out_of_memory(kNoMemory, [&] {
+    with_element(cache->dtype, [&](auto zero) {
+      using Element = decltype(zero);
+      using Kind = typename KindFor<Element>::Type;
+      Attention<Kind>{
+          {*cache, *batch, static_cast<const Element*>(q), q_row, num_heads, scale, window,
+           static_cast<Element*>(out)},
+          {static_cast<const Element*>(k), k_row, static_cast<const Element*>(v), v_row}}
+          .run();
+    });
+    return -1L;
   });
-  return -1;
 }
 }
 
