@@ -60,6 +60,8 @@ class AsyncLLM(OpenModel):
         (params,) = params_for(1, sampling_params, sampling)
         text, token_ids = encode_prompt(self.tokenizer, prompt, params)
         salt = encode_salt(cache_salt)
+        if params.structured_output is not None:  # compiled on the engine's thread, all would wait
+            await asyncio.to_thread(self._engine.core.check_structure, params)
         request_id = f"async-{next(self._ids)}" if request_id is None else request_id
         loop = asyncio.get_running_loop()
         deltas: asyncio.Queue[Delta | BaseException] = asyncio.Queue()

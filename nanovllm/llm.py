@@ -93,7 +93,7 @@ class LLMEngine(OpenModel):
         InvalidRequestError, with nothing queued, if it cannot be served.
         """
         (params,) = params_for(1, sampling_params, sampling)
-        encoded = encode_prompt(self.tokenizer, prompt, params)
+        encoded = self._encode(prompt, params)  # all that may take long, before the turn
         salt = encode_salt(cache_salt)
         return self._add(encoded, params, request_id, priority, salt).request_id
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,11 @@ from nanovllm import (
     Delta,
     EngineClosedError,
     InvalidRequestError,
+    LLMEngine,
     SamplingParams,
+    StructuredOutput,
 )
+from nanovllm.grammar.compiler import GrammarCompiler
 
 OPTIONS: dict[str, Any] = {"dtype": "float32", "max_num_seqs": 4, "block_size": 8}
 PROMPTS: list[Any] = ["Hello", [5, 6, 7] * 9, "你好，世界", "x" * 50, [200], "last"]
@@ -198,6 +202,50 @@ def test_a_step_that_raises_ends_its_streams_alone(llm: AsyncLLM) -> None:
         await until_idle(llm)
 
     asyncio.run(main())
+
+
+@pytest.mark.parametrize("kind", [AsyncLLM, LLMEngine])
+def test_others_go_on_while_a_form_is_compiled(
+    kind: type, text_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Compiling waits here for another request to be answered, which must not wait for it."""
+    compiling, answered = threading.Event(), threading.Event()
+    compile_form = GrammarCompiler._compile
+
+    def slow(self: GrammarCompiler, structure: StructuredOutput) -> Any:
+        compiling.set()
+        assert answered.wait(timeout=60), "the other request waited for the form"
+        return compile_form(self, structure)
+
+    monkeypatch.setattr(GrammarCompiler, "_compile", slow)
+    form = SamplingParams(structured_output={"choice": ["yes"]})
+    plain = SamplingParams(max_tokens=3, ignore_eos=True)
+    engine = kind(str(text_model), **OPTIONS)
+
+    async def ask() -> list[str]:
+        task = asyncio.create_task(collect(engine, "x", form))
+        await asyncio.to_thread(compiling.wait, 60)
+        await collect(engine, "Hello", plain)
+        answered.set()
+        return await task
+
+    try:
+        if isinstance(engine, AsyncLLM):
+            assert asyncio.run(ask()) == ["yes"]
+            return
+        with ThreadPoolExecutor(1) as pool:
+            call = pool.submit(engine.add_request, "x", form)
+            assert compiling.wait(timeout=60)
+            engine.generate("Hello", plain)
+            answered.set()
+            call.result(timeout=60)
+        outputs = [
+            output for _ in range(99) if not engine.is_finished() for output in engine.step()
+        ]
+        assert outputs[-1].text == "yes"
+    finally:
+        answered.set()
+        engine.close()
 
 
 def test_chat_prompts(llm: AsyncLLM, text_model: Path) -> None:
