@@ -104,6 +104,7 @@ class RowConstraints:
         for row in plan.freed_rows:
             self._rows.pop(row, None)
         for new in plan.new_rows:
+            self._rows.pop(new.row, None)  # of a plan that was lost, and what it freed with it
             structure = new.params.structured_output
             if isinstance(structure, StructuredOutput):
                 output = new.token_ids[new.num_prompt_tokens :]

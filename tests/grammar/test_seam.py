@@ -219,3 +219,14 @@ def test_logits_that_are_no_numbers_stay_so() -> None:
     logits = torch.full((1, 40), float("nan"))
     future.result().apply(logits)
     assert logits[0, 0].isnan()
+
+
+def test_a_row_forgets_the_constraint_of_the_sequence_before(compiler: GrammarCompiler) -> None:
+    """Also where the plan that freed the row was lost."""
+    constraints = RowConstraints(compiler, 64)
+    for structure in ({"choice": ["a"]}, None):
+        params = SamplingParams(structured_output=structure)
+        new = NewRow(0, (5,), 1, 0, (0,), params, 0)
+        constraints.apply(StepPlan(0, (RowStep(0, 1, True),), (new,)))
+    rows = np.zeros(1, np.int64)
+    assert constraints.begin(rows, np.ones(1, np.int64), lambda row, start, stop: []) is None
