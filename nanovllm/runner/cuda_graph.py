@@ -37,10 +37,10 @@ class GraphCache:
     A capture that runs out of memory is given up: that key stays eager.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device) -> None:
         self._graphs: dict[Hashable, torch.cuda.CUDAGraph | None] = {}
         self._pool = torch.cuda.graph_pool_handle()
-        self._stream = torch.cuda.Stream()
+        self._stream = torch.cuda.Stream(device)
 
     def run(self, key: Hashable, step: Callable[[], None]) -> None:
         """Runs `step`, whose launches and addresses must depend on `key` alone."""

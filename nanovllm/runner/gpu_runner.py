@@ -9,7 +9,7 @@ Shape legend: T tokens, S rows of the step, L rows that sample, V vocabulary.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -18,16 +18,16 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from nanovllm.attention.base import AttentionBatch
-from nanovllm.engine.plan import RowResult, StepPlan, StepResult, TokenLogprobs
+from nanovllm.engine.plan import StepPlan
 from nanovllm.kernels.gpu import sampling
 from nanovllm.kernels.gpu.prepare import gather_tokens, prepare
 from nanovllm.runner.cuda_graph import TOKEN_BUCKETS, GraphCache, bucket_of, token_bucket_of
 from nanovllm.runner.gpu_forward import GpuForward
 from nanovllm.runner.gpu_invariant import InvariantForward
-from nanovllm.runner.gpu_special import Extras, RowSampling, SpecialLines, SpecialRows, TokenTails
-from nanovllm.runner.gpu_staging import Download, Downloader, Uploader
+from nanovllm.runner.gpu_results import Extras, GpuPending, TokenTails
+from nanovllm.runner.gpu_special import RowSampling, SpecialLines, SpecialRows
+from nanovllm.runner.gpu_staging import Downloader, Uploader
 from nanovllm.runner.model_runner import ModelRunner
-from nanovllm.runner.sampler import NOT_FINITE
 from nanovllm.runner.step_memory import Pending
 
 HEADER = 2  # words before the rows of a single-token step: columns of its tables, and padding
@@ -54,48 +54,6 @@ def _padded(values: NDArray[Any], size: int, fill: int) -> NDArray[Any]:
     out = np.full(size, fill, values.dtype)
     out[: len(values)] = values
     return out
-
-
-@dataclass(slots=True)
-class GpuPending:
-    """A step that was launched; `wait` blocks until its tokens are on the host."""
-
-    plan: StepPlan
-    download: Download | None
-    num_lines: int  # tokens come first, then as many failure flags
-    lines: list[int]  # where each row of the plan finds its token, -1 if it samples none
-    extras: Extras = field(default_factory=Extras)
-    prompt_logprobs: dict[int, tuple[int, tuple[TokenLogprobs, ...]]] = field(default_factory=dict)
-
-    def wait(self) -> StepResult:
-        words = self.download.take() if self.download else []
-        flags = words[self.num_lines :]
-        if self.prompt_logprobs or self.extras.any or any(flags):
-            logprobs = self.extras.logprobs.take() if self.extras.logprobs else {}
-            results = [
-                self._row(step.row, line, words, logprobs.get(line))
-                for step, line in zip(self.plan.rows, self.lines, strict=True)
-            ]
-        else:
-            results = [
-                RowResult(step.row, () if line < 0 else (words[line],))
-                for step, line in zip(self.plan.rows, self.lines, strict=True)
-            ]
-        return StepResult(self.plan.step_id, tuple(results))
-
-    def _row(self, row: int, line: int, words: list[int], found: TokenLogprobs | None) -> RowResult:
-        start, prompt = self.prompt_logprobs.get(row, (0, ()))
-        if line < 0:
-            return RowResult(row, prompt_logprobs=prompt, prompt_start=start)
-        error = NOT_FINITE if words[self.num_lines + line] else self.extras.errors.get(line)
-        return RowResult(
-            row,
-            () if error else (words[line],),
-            () if found is None else (found,),
-            prompt,
-            start,
-            error,
-        )
 
 
 def _lines(samples: NDArray[np.bool_]) -> list[int]:
@@ -135,7 +93,7 @@ class GpuModelRunner(ModelRunner):
         words = 5 * max(max_tokens, TOKEN_BUCKETS[-1]) + size * (WORDS_PER_ROW + columns)
         self._uploader = Uploader(words + 16 * size + 64, self.device)
         self._downloader = Downloader(2 * size)
-        self._graphs = GraphCache() if use_graphs else None
+        self._graphs = GraphCache(self.device) if use_graphs else None
         self._choice = torch.zeros(2 * size, dtype=torch.int64, device=self.device)
         self._workspace = sampling.Workspace(size, model.config.vocab_size, self.device)
         self._token_ids = torch.zeros(size, dtype=torch.int64, device=self.device)

@@ -8,9 +8,8 @@ Shape legend: n special lines, L lines of logits, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -18,17 +17,16 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from nanovllm.engine.plan import NewRow, TokenLogprobs
+from nanovllm.engine.plan import NewRow
 from nanovllm.kernels.gpu import adjust, sampling
 from nanovllm.kernels.gpu.logprobs import logprobs
 from nanovllm.runner.constraints import Masks
 from nanovllm.runner.cuda_graph import bucket_of
+from nanovllm.runner.gpu_results import LogprobDownload
 from nanovllm.runner.gpu_staging import upload
 from nanovllm.runner.rows import RowState
 from nanovllm.runner.sampler import MIN_TEMPERATURE, BadWords
 from nanovllm.sampling_params import SamplingParams
-
-TAIL = 32  # tokens that a constraint may be behind without a visit to the device
 
 
 class RowSampling:
@@ -98,65 +96,6 @@ class _Entries:
     def of(cls, entries: dict[int, float]) -> _Entries:
         tokens = np.fromiter(entries.keys(), np.int32, len(entries))
         return cls(tokens, np.fromiter(entries.values(), np.float32, len(entries)))
-
-
-class TokenTails:
-    """The last tokens of rows on their way to the host, ahead of the step that is launched next."""
-
-    def __init__(self, rows: RowState, ids: NDArray[np.int64]) -> None:
-        self._rows = rows
-        self._tails: dict[int, tuple[int, Tensor]] = {}
-        for row in ids.tolist():
-            stop = int(rows.num_tokens[row])
-            start = max(0, stop - TAIL)
-            host = torch.empty(stop - start, dtype=torch.int32, pin_memory=True)
-            host.copy_(rows.tokens[row, start:stop], non_blocking=True)
-            self._tails[row] = start, host
-        self._event = torch.cuda.Event()
-        self._event.record()
-
-    def read(self, row: int, start: int, stop: int) -> list[int]:
-        """Token ids of a row; waits for the step that chose the last of them."""
-        begin, host = self._tails[row]
-        if start < begin:
-            found: list[int] = self._rows.tokens[row, start:stop].tolist()
-            return found
-        self._event.synchronize()
-        return host[start - begin : stop - begin].tolist()
-
-
-class LogprobDownload:
-    """Log-probabilities on their way to the host; counts holds how many each line asked for."""
-
-    def __init__(self, found: Tensor, lines: Sequence[int], counts: Sequence[int]) -> None:
-        self._host = torch.empty(found.shape, dtype=found.dtype, pin_memory=True)
-        self._host.copy_(found, non_blocking=True)
-        self._event = torch.cuda.Event()
-        self._event.record()
-        self._lines, self._counts = lines, counts
-
-    def take(self) -> dict[int, TokenLogprobs]:
-        """By line; waits for the copy."""
-        self._event.synchronize()
-        found = {}
-        for line, count, row in zip(self._lines, self._counts, self._host.tolist(), strict=True):
-            token, logprob, rank, *tops = row
-            half = len(tops) // 2
-            pairs = zip(map(int, tops[half:]), tops[:half], strict=True)
-            found[line] = TokenLogprobs(int(token), logprob, int(rank), tuple(pairs)[:count])
-        return found
-
-
-@dataclass(frozen=True, slots=True)
-class Extras:
-    """What a step has beside its tokens: log-probabilities, and by line why it cannot go on."""
-
-    logprobs: LogprobDownload | None = None
-    errors: dict[int, str] = field(default_factory=dict)
-
-    @property
-    def any(self) -> bool:
-        return self.logprobs is not None or bool(self.errors)
 
 
 class SpecialRows:

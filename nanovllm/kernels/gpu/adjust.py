@@ -2,7 +2,7 @@
 
 Only the lines that ask are copied, to float32, and changed there. The dense kernel applies the
 penalties to every token; tokens with a bias or a ban are then written again, so no order between
-programs matters. `apply` in runner/sampler.py is the specification.
+programs matters. `Sampler.adjust` in runner/sampler.py is the specification.
 
 Shape legend: n special lines, L lines of logits, V vocabulary, E entries, R rows, C context.
 """
