@@ -35,7 +35,10 @@ VALUES = (
     "interrupts",
 )
 # A faster form of what is in the core, which is its specification.
-FAST_PATH = re.compile("^(gpu_|cpu_|cuda_graph)")
+FAST_PATHS = {
+    "runner": re.compile("^(gpu_|cpu_|cuda_graph)"),
+    "attention": re.compile("^(cpu|triton)$"),
+}
 SKIPPED = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT}
 
 
@@ -70,9 +73,9 @@ def layers() -> dict[str, list[Path]]:
     }
     for folder in sorted(PACKAGE.iterdir()):
         files = sorted(folder.rglob("*.py"))
-        fast = [path for path in files if FAST_PATH.search(path.stem)]
-        if folder.name == "runner":
-            found["fast runner"] = fast
+        if folder.name in FAST_PATHS:
+            fast = [path for path in files if FAST_PATHS[folder.name].search(path.stem)]
+            found[f"fast {folder.name}"] = fast
             files = [path for path in files if path not in fast]
         if files:
             found[folder.name] = files
@@ -86,9 +89,9 @@ def _total(files: Iterable[Path]) -> int:
 def main() -> None:
     totals = {name: _total(files) for name, files in layers().items()}
     for name, total in sorted(totals.items(), key=lambda item: (item[0] not in CORE, item[0])):
-        print(f"{name:12} {total:6}{'  core' if name in CORE else ''}")
-    print(f"{'core':12} {sum(totals[name] for name in CORE):6}")
-    print(f"{'all':12} {sum(totals.values()):6}")
+        print(f"{name:14} {total:6}{'  core' if name in CORE else ''}")
+    print(f"{'core':14} {sum(totals[name] for name in CORE):6}")
+    print(f"{'all':14} {sum(totals.values()):6}")
 
 
 if __name__ == "__main__":
