@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import socket
+import threading
 from contextlib import aclosing
 from typing import Any
 
@@ -50,6 +51,7 @@ BROKEN: dict[str, tuple[Any, str, str]] = {
         "not as HTTP says",
     ),
     "endless": ([b"HTTP/1.1 500 No\r\n\r\n", b"x" * (1 << 17)], "bad answer", "over 65536 bytes"),
+    "elsewhere": (answer({}, 302, Location="http://127.0.0.1:1"), "HTTP 302", "says 302"),
     "401": (answer({"error": {"message": "wrong key"}}, 401), "HTTP 401", "401: wrong key"),
     "429": (
         answer({"error": {"message": "full"}}, 429, Retry_After="7"),
@@ -76,6 +78,35 @@ def test_nothing_listens() -> None:
     with pytest.raises(RemoteError, match="nothing listens") as caught:
         collect(f"http://127.0.0.1:{port}")
     assert caught.value.kind == "connection refused"
+
+
+def test_tls_with_a_server_that_has_none() -> None:
+    def reply(listener: socket.socket) -> None:
+        with listener.accept()[0] as sock:
+            sock.recv(1 << 16)
+            sock.sendall(b"HTTP/1.1 400 Bad\r\n\r\n")
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        thread = threading.Thread(target=reply, args=(listener,))
+        thread.start()
+        with pytest.raises(RemoteError, match=r"cannot connect to 127\.0\.0\.1") as caught:
+            collect(f"https://127.0.0.1:{listener.getsockname()[1]}")
+        thread.join()
+    assert caught.value.kind == "connect error"
+    assert "\n" not in str(caught.value)
+
+
+def test_proxies_in_the_environment_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy"):
+        monkeypatch.setenv(name, "http://127.0.0.1:1")
+    with scripted(stream(delta("a"), DONE)) as server:
+        assert texts(collect(server.url)) == "a"
+
+
+def test_events_are_framed_in_any_way_and_comments_are_none() -> None:
+    first = b": hi\r\n\r\nid: 7\r\n\r\ndata:" + delta("a")[6:-2] + b"\r\n\r\n"
+    with scripted(stream(first, b"event: x\n" + delta("b"), DONE)) as server:
+        assert texts(collect(server.url)) == "ab"
 
 
 def test_connections_are_kept_and_replaced_when_the_server_closed_them() -> None:
