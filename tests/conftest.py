@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+import signal
 from pathlib import Path
 from typing import Any
 
 import pytest
 from tiny_models import make_model, make_text_model
+
+
+def pytest_configure() -> None:
+    # A shell ignores Ctrl-C in what it starts in the background, and the programs that the tests
+    # start would inherit that.
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")
