@@ -162,3 +162,16 @@ def test_a_phone_has_everything(browser: Any, live: Live) -> None:
     wide = page.evaluate("document.documentElement.scrollWidth")
     assert wide <= 360
     context.close()
+
+
+def test_the_page_looks_as_the_system_does_until_somebody_chooses(page: Any, live: Live) -> None:
+    page.goto(live.url)
+    for scheme in ("dark", "light", "dark"):
+        page.emulate_media(color_scheme=scheme)
+        page.wait_for_selector(f"html[data-theme={scheme}]")
+    page.reload()
+    page.wait_for_selector("html[data-theme=dark]")
+    page.click("#theme")
+    page.wait_for_selector("html[data-theme=light]")
+    page.reload()
+    page.wait_for_selector("html[data-theme=light]")
