@@ -1,4 +1,7 @@
-"""Text that has a form: JSON of a schema, a pattern, one of some choices, at any temperature."""
+"""Text that has a form: JSON of a schema, a pattern, one of some choices, at any temperature.
+
+Needs the extra `grammar`: pip install '.[grammar]'.
+"""
 
 import json
 

@@ -102,7 +102,10 @@ class RequestOutput:
         try:
             return getattr(self, name)
         except (AttributeError, TypeError):
-            raise KeyError(name) from None
+            hint = f"no field {name!r}"
+            if isinstance(name, int):
+                hint = "one prompt gives one output, no list: use output.text, or give [prompt]"
+            raise KeyError(hint) from None
 
 
 @dataclass(frozen=True, slots=True)

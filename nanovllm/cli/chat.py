@@ -24,6 +24,7 @@ from nanovllm.cli.session import open_session
 from nanovllm.cli.terminal import BOLD, RED, YELLOW, say, styled, write_answer
 from nanovllm.cli.turns import BLOCK, history, turns
 
+ALIASES = {"/exit": "/quit", "/q": "/quit", "/bye": "/quit", "/?": "/help"}  # of other chats
 WITH_URL = ("model", "seed")  # of the engine's flags those that mean something to a server
 
 
@@ -123,6 +124,7 @@ class Chat:
 
     def _command(self, text: str) -> None:
         name, _, argument = text.partition(" ")
+        name = ALIASES.get(name, name)
         if name not in self.commands:
             near = get_close_matches(name, self.commands, 1)
             hint = f"did you mean {near[0]}?" if near else "/help lists the commands"

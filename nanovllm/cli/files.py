@@ -11,5 +11,8 @@ def check_writable(path: Path) -> None:
     if path.exists():
         with path.open("a"):
             return
-    with tempfile.TemporaryFile(dir=path.parent):
-        pass
+    try:
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from None  # the name that was given

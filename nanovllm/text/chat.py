@@ -110,8 +110,10 @@ class ChatTemplate:
         """
         if self.source is None:
             raise InvalidRequestError("this model has no chat template: use generate()")
-        if not messages:
-            raise InvalidRequestError("messages must be a list of at least one message")
+        if not messages or isinstance(messages, str):
+            raise InvalidRequestError(
+                f"messages must be a list of at least one message, got {messages!r}"
+            )
         for index, message in enumerate(messages):
             _check(message, f"message {index}")
         try:

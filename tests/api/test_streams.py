@@ -121,8 +121,10 @@ def test_shapes_of_results(llm: LLM) -> None:
     assert isinstance(one, RequestOutput)
     assert one["text"] == one.text == one.outputs[0].text
     assert one["token_ids"] == one.outputs[0].token_ids
-    with pytest.raises(KeyError):
+    with pytest.raises(KeyError, match="nothing"):
         one["nothing"]
+    with pytest.raises(KeyError, match="one prompt gives one output"):
+        one[0]  # type: ignore[index]
     assert isinstance(llm.generate([5, 6, 7], SEEDED, use_tqdm=False), RequestOutput)
     assert isinstance(llm.generate(["Hello"], SEEDED, use_tqdm=False), list)
 

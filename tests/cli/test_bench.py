@@ -143,7 +143,7 @@ def test_a_file_that_cannot_be_written_is_told_before_the_run(
     for name in ("none/out.json", "."):
         result = cli("bench", "--json", tmp_path / name)
         assert result.status == 1
-        assert str(tmp_path / name).removesuffix("/out.json") in result.err
+        assert str(tmp_path / name) in result.err
     with pytest.raises(AssertionError, match="it ran"):
         cli("bench", "--json", tmp_path / "out.json")
     assert list(tmp_path.iterdir()) == []

@@ -57,6 +57,13 @@ def test_commands_answer(talk: Any) -> None:
         assert words in result.err
 
 
+@pytest.mark.parametrize("name", ["/exit", "/q", "/bye"])
+def test_other_chats_words_for_leaving_leave(talk: Any, name: str) -> None:
+    result = talk(name, "hi")
+    assert result.out == ""
+    assert "unknown command" not in result.err
+
+
 WRONG = {
     "/sytem x": "did you mean /system?",
     "/xyzzy": "/help lists the commands",

@@ -206,6 +206,8 @@ def test_refusals() -> None:
         ChatTemplate(None, {}).render([user])
     with pytest.raises(InvalidRequestError, match="at least one message"):
         strict.render([])
+    with pytest.raises(InvalidRequestError, match=r"must be a list of .* got 'hello'"):
+        strict.render("hello")  # type: ignore[arg-type]
     for bad, message in WRONG_MESSAGES:
         with pytest.raises(InvalidRequestError, match=message):
             strict.render([user, bad])
