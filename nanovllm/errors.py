@@ -9,7 +9,7 @@ NanoVLLMError
 │   └── WeightsError                  weights missing, unexpected, truncated or wrong-shaped
 ├── OutOfMemoryError                  the model cannot fit, and what would help
 ├── StepError                         one step failed; its requests were ended, the engine goes on
-└── EngineClosedError                 the engine was used after close()
+└── EngineClosedError                 the engine was used after close(), or in a forked process
 """
 
 
@@ -50,4 +50,4 @@ class StepError(NanoVLLMError):
 
 
 class EngineClosedError(NanoVLLMError):
-    """A method was called on an engine after `close()`."""
+    """A method was called on an engine after `close()`, or in a process forked from its own."""

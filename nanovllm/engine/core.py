@@ -8,6 +8,7 @@ one thread at a time calls its methods.
 from __future__ import annotations
 
 import itertools
+import os
 from collections import deque
 from collections.abc import Callable
 from collections.abc import Sequence as TokenIds
@@ -81,6 +82,7 @@ class EngineCore:
         self._seq_ids = itertools.count()
         self._num_requests = 0
         self._closed = False
+        self._process = os.getpid()
 
     def add(
         self,
@@ -235,6 +237,11 @@ class EngineCore:
     def _check_open(self) -> None:
         if self._closed:
             raise EngineClosedError("the engine is closed: make a new one")
+        if self._process != os.getpid():  # a fork copies no threads: its steps would never run
+            raise EngineClosedError(
+                f"the engine belongs to process {self._process}, not to {os.getpid()}, forked from "
+                "it: make the engine in the process that uses it"
+            )
 
     def close(self) -> None:
         """Waits for the plans in flight and releases the executor. Safe to call twice."""

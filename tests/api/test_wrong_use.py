@@ -6,6 +6,8 @@ import copy
 import json
 import pickle
 import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -403,3 +405,25 @@ def test_a_step_that_raises_ends_its_requests_alone(text_model: Path) -> None:
         again = engine.generate("again", temperature=0, max_tokens=5, ignore_eos=True)
         assert again.token_ids == expected
         assert again.metrics.num_cached_tokens == 0
+
+
+FORKED = """
+import os
+from nanovllm import LLM, EngineClosedError
+llm = LLM("demo")
+llm.generate("a", max_tokens=1, use_tqdm=False)
+child = os.fork()
+if child == 0:
+    try:
+        llm.generate("a", max_tokens=1, use_tqdm=False)
+    except EngineClosedError as error:
+        os._exit(7 if f"belongs to process {os.getppid()}" in str(error) else 8)
+    os._exit(9)
+assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
+llm.generate("a", max_tokens=1, use_tqdm=False)
+"""
+
+
+def test_a_forked_process_is_refused_in_place_of_waiting_for_ever() -> None:
+    done = subprocess.run([sys.executable, "-c", FORKED], capture_output=True, timeout=240)
+    assert done.returncode == 0, done.stderr.decode()
