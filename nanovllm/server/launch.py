@@ -234,6 +234,9 @@ class Run:
             async with asyncio.timeout(timeout):
                 while self._service.num_open:
                     await asyncio.sleep(0.05)
+        if self._service.num_open:
+            logger.warning("%d requests did not end in time", self._service.num_open)
+            self.http.force_exit = True  # uvicorn cancels them else; so each ends with an error
         self._end()
 
     async def _keep_engine(self) -> None:

@@ -128,8 +128,9 @@ def test_drain_timeout_and_second_signal(serve: Callable[..., Command]) -> None:
             time.sleep(0.3)
         assert server.process.wait(20) == 0
         thread.join(20)
-        assert answers
+        assert_error(answers[0][2], "engine_error")
         until(lambda pid=child: not alive(pid))
+        assert "Traceback" not in server.output()
 
 
 def test_the_engine_is_killed(serve: Callable[..., Command]) -> None:
