@@ -114,9 +114,25 @@ class EngineMachine(RuleBasedStateMachine):
                 self.core.add(name, prompt, params, priority=priority, salt=salt)
             assert self.scheduler.waiting == waiting, "a refused request was queued"
             return
+        self._queue(name, prompt, params, priority, salt)
+
+    @precondition(lambda self: self.scheduler.running)
+    @rule(data=st.data(), more=st.integers(1, VOCAB_SIZE - 1))
+    def follow(self, data: st.DataObject, more: int) -> None:
+        """A prompt that begins with all that a running sequence has."""
+        seq = data.draw(st.sampled_from(self.scheduler.running))
+        prompt = [*seq.token_ids, more]
+        if len(prompt) < self.limit:
+            params = SamplingParams(max_tokens=4)
+            self._queue(f"request {len(self.requests)}", prompt, params, 0, seq.salt)
+            self.step()
+
+    def _queue(
+        self, name: str, prompt: list[int], params: SamplingParams, priority: int, salt: bytes
+    ) -> None:
         group = self.core.add(name, prompt, params, priority=priority, salt=salt)
-        assert len(group) == n
-        assert len({seq.seed for seq in group}) == n
+        assert len(group) == params.n
+        assert len({seq.seed for seq in group}) == params.n
         self.kv.know(group)
         self.requests[name] = group
         self.tokens |= {seq.seq_id: [] for seq in group}
