@@ -216,8 +216,8 @@ def test_chats(llm: LLM, models: Any) -> None:
     cases: list[tuple[Any, str]] = [
         ([], "at least one message"),
         ([{"content": "no role"}], "message 0 must have a role"),
-        (["text"], "message 0 must be a mapping"),
-        ("text", "message 0 must be a mapping"),
+        (["text"], "messages must be a list"),
+        ("text", "messages must be a list"),
         (user, "message 0 must be a mapping"),
         ([user, {"role": "assistant"}], r"message 1 \(role 'assistant'\) has neither content"),
         ([[user], [user, "text"]], "message 1 must be a mapping"),

@@ -121,7 +121,7 @@ def test_drain_timeout_and_second_signal(serve: Callable[..., Command]) -> None:
     for drain, number in (("0.2", 1), ("100", 2)):
         server = serve("--drain-timeout", drain)
         (child,) = server.children()
-        thread, answers = in_background(server.port, SLOW | {"n": 16})
+        thread, answers = in_background(server.port, SLOW | {"n": 128})
         until(lambda port=server.port: running(port))
         for _ in range(number):
             server.process.send_signal(signal.SIGTERM)
