@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from .live_server import Live, make_model
+from .live_server import Gate, Live, make_model
 
 
 @pytest.fixture(scope="session")
@@ -42,3 +42,8 @@ def start(model_dir: Path) -> Iterator[Callable[..., Live]]:
     yield make
     for server in servers:
         server.close()
+
+
+@pytest.fixture
+def gate(monkeypatch: pytest.MonkeyPatch) -> Gate:
+    return Gate(monkeypatch)

@@ -18,12 +18,14 @@ from typing import Any
 
 import msgspec
 import openai
+import pytest
 import torch
 import transformers
 import uvloop
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from nanovllm.config import EngineConfig
+from nanovllm.executor.inline import InlineExecutor
 from nanovllm.server import answers
 from nanovllm.server.launch import EngineThread, Run, bind, make_service
 from nanovllm.server.service import ServerConfig, Service
@@ -174,6 +176,40 @@ def request(
     if found.get("content-type", "").startswith("application/json") and content:
         return response.status, found, json.loads(content)
     return response.status, found, content
+
+
+class Gate:
+    """Holds the engine before its next step: `with gate`, or after some more steps."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self._open = threading.Event()
+        self._open.set()
+        self._left: int | None = None
+        submit = InlineExecutor.submit
+
+        def held(executor: InlineExecutor, plan: Any) -> Any:
+            if self._left is not None:
+                self._left -= 1
+                if self._left < 0:
+                    self._left = None
+                    self._open.clear()
+            self._open.wait(60)
+            return submit(executor, plan)
+
+        monkeypatch.setattr(InlineExecutor, "submit", held)
+
+    def close_after(self, num_steps: int) -> None:
+        self._left = num_steps
+
+    def open(self) -> None:
+        self._left = None
+        self._open.set()
+
+    def __enter__(self) -> None:
+        self._open.clear()
+
+    def __exit__(self, *_: object) -> None:
+        self.open()
 
 
 def assert_error(answer: Any, code: str | None = None) -> dict[str, Any]:

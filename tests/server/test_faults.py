@@ -21,7 +21,7 @@ from nanovllm.executor.inline import InlineExecutor
 from nanovllm.runner.sampler import Sampler
 from nanovllm.text.detokenizer import IncrementalDetokenizer
 
-from .live_server import Live, assert_error, make_tokenizer, request
+from .live_server import Gate, Live, assert_error, make_tokenizer, request
 
 TEXT = "/v1/completions"
 CHAT = "/v1/chat/completions"
@@ -39,32 +39,6 @@ def open_request(live: Live, **fields: Any) -> Iterator[socket.socket]:
     with socket.create_connection(("127.0.0.1", live.port), timeout=60) as sock:
         sock.sendall(head.encode() + body)
         yield sock
-
-
-class Gate:
-    """Holds the engine before its next step."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self._open = threading.Event()
-        self._open.set()
-        submit = InlineExecutor.submit
-
-        def held(executor: InlineExecutor, plan: Any) -> Any:
-            self._open.wait(60)
-            return submit(executor, plan)
-
-        monkeypatch.setattr(InlineExecutor, "submit", held)
-
-    def __enter__(self) -> None:
-        self._open.clear()
-
-    def __exit__(self, *_: object) -> None:
-        self._open.set()
-
-
-@pytest.fixture
-def gate(monkeypatch: pytest.MonkeyPatch) -> Gate:
-    return Gate(monkeypatch)
 
 
 # --- clients that go away -------------------------------------------------------------------------
@@ -127,14 +101,18 @@ def test_clients_of_the_waiting_queue_may_go_too(start: Callable[..., Live]) -> 
     live.wait_until_idle()
 
 
-def test_an_openai_stream_closed_early(start: Callable[..., Live]) -> None:
+def test_an_openai_stream_closed_early(start: Callable[..., Live], gate: Gate) -> None:
     live = start()
+    gate.close_after(20)
     stream = live.client().completions.create(
         model="tiny", prompt="fox", max_tokens=200, stream=True, extra_body={"ignore_eos": True}
     )
     next(iter(stream))
     stream.close()
+    live.wait_until(lambda: live.service.client.num_sequences == 0)
+    gate.open()
     live.wait_until_idle()
+    assert request(live.port, "GET", "/load")[2]["generation_tokens"] < 50
 
 
 def test_a_slow_reader_delays_nobody(start: Callable[..., Live]) -> None:

@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import re
 import shutil
-import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from nanovllm.executor.inline import InlineExecutor
-
-from .live_server import Live, request
+from .live_server import Gate, Live, request
 
 PAGE = Path(__file__).parents[2] / "nanovllm" / "server" / "page.html"
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
@@ -97,23 +94,18 @@ def test_send_stream_edit_regenerate_and_reload(page: Any, live: Live) -> None:
     page.wait_for_selector("#p-running:text-is('0')")
 
 
-def test_stop(page: Any, start: Callable[..., Live], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_stop(page: Any, start: Callable[..., Live], gate: Gate) -> None:
     live = start()
-    submit, hold, count = InlineExecutor.submit, threading.Event(), iter(range(10**6))
-
-    def slow(executor: InlineExecutor, plan: Any) -> Any:
-        if next(count) > 20:
-            hold.wait(30)
-        return submit(executor, plan)
-
-    monkeypatch.setattr(InlineExecutor, "submit", slow)
+    gate.close_after(20)
     page.goto(live.url)
     ask(page, "hello")
     page.wait_for_selector(".turn.assistant .body p")
     page.keyboard.press("Escape")
     page.wait_for_selector(".turn.assistant .meta:has-text('stopped')")
-    hold.set()
+    live.wait_until(lambda: live.service.client.num_sequences == 0)
+    gate.open()
     live.wait_until_idle()
+    assert request(live.port, "GET", "/load")[2]["generation_tokens"] < 50
 
 
 def test_errors_are_shown(page: Any, live: Live) -> None:

@@ -13,7 +13,7 @@ import openai
 import pytest
 from pydantic import BaseModel
 
-from .live_server import Live, assert_error, request
+from .live_server import Gate, Live, assert_error, request
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 ASK: dict[str, Any] = {
@@ -352,15 +352,18 @@ def test_health_while_hostile_structures_are_compiled(live: Live) -> None:
     live.wait_until_idle()
 
 
-def test_clients_that_leave_free_their_blocks(direct: Live) -> None:
+def test_clients_that_leave_free_their_blocks(direct: Live, gate: Gate) -> None:
     with direct.client() as client:
         for _ in range(4):
+            gate.close_after(6)
             stream = client.chat.completions.create(
                 model="tiny", messages=ASK["messages"], stream=True, max_tokens=200,
                 response_format={"type": "json_object"},
             )  # fmt: skip
             next(iter(stream))
             stream.close()
+            direct.wait_until(lambda: direct.service.client.num_sequences == 0)
+            gate.open()
     direct.wait_until_idle()
 
 
