@@ -175,6 +175,17 @@ class GpuForward:
         q, k, v = heads.split((c.num_heads, c.num_kv_heads, c.num_kv_heads), dim=1)
         return q, k, v
 
+    def _rotate_and_store(
+        self, layer: _Layer, qkv: Tensor, batch: AttentionBatch, kv_cache: Tensor
+    ) -> Tensor:
+        """Norm and rotation in place, new keys and values into the cache; returns q [T, H, D]."""
+        q, k, v = self._split(qkv)
+        rowwise.rope_store(
+            q, k, v, layer.qk_norms, self.config.rms_norm_eps, self._cos_sin, batch.positions,
+            kv_cache, batch.slot_mapping,
+        )  # fmt: skip
+        return q
+
     def _attend_new(
         self,
         layer: _Layer,
@@ -204,11 +215,6 @@ class GpuForward:
         kv_cache: Tensor,
         window: int | None,
     ) -> Tensor:
-        c = self.config
-        q, k, v = self._split(qkv)
-        rowwise.rope_store(
-            q, k, v, layer.qk_norms, c.rms_norm_eps, self._cos_sin, batch.positions, kv_cache,
-            batch.slot_mapping,
-        )  # fmt: skip
-        out = self._attention.attend(q, kv_cache, batch, c.head_dim**-0.5, window)
+        q = self._rotate_and_store(layer, qkv, batch, kv_cache)
+        out = self._attention.attend(q, kv_cache, batch, self.config.head_dim**-0.5, window)
         return out.view(len(qkv), -1)

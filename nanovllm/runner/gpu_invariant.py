@@ -75,11 +75,7 @@ class InvariantForward(GpuForward):
         window: int | None,
     ) -> Tensor:
         c = self.config
-        q, k, v = self._split(qkv)
-        rowwise.rope_store(
-            q, k, v, layer.qk_norms, c.rms_norm_eps, self._cos_sin, batch.positions, kv_cache,
-            batch.slot_mapping,
-        )  # fmt: skip
+        q = self._rotate_and_store(layer, qkv, batch, kv_cache)
         out = torch.empty((len(q), c.num_heads, c.head_dim), dtype=q.dtype, device=q.device)
         fixed_attention.attend(
             q, kv_cache, batch.cu_q_lens, batch.context_lens, batch.block_tables,
