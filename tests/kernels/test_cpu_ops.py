@@ -13,7 +13,7 @@ import torch.nn.functional as F
 
 from nanovllm.attention.base import AttentionBatch, AttentionSpec
 from nanovllm.attention.cpu import CpuAttention
-from nanovllm.kernels import cpu_ops
+from nanovllm.kernels import cache, cpu_ops
 from nanovllm.kernels.cpu import build
 from nanovllm.kernels.cpu.library import library
 
@@ -445,8 +445,8 @@ def test_a_truncated_library_is_not_loaded(tmp_path: Path) -> None:
     library = tmp_path / "cpu-x.so"
     library.write_bytes(b"0123456789")
     library.with_suffix(".size").write_text("10")
-    assert build._is_whole(library)
+    assert cache.is_whole(library)
     library.write_bytes(b"01234")
-    assert not build._is_whole(library)
+    assert not cache.is_whole(library)
     library.with_suffix(".size").unlink()
-    assert not build._is_whole(library)
+    assert not cache.is_whole(library)

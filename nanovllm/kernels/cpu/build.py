@@ -1,6 +1,6 @@
 """Compiles the C++ sources beside this file into a shared library, once per machine.
 
-Knows compilers and the cache directory; knows nothing of tensors or of what the sources compute.
+Knows compilers; knows nothing of tensors or of what the sources compute.
 The library's name is a hash of the sources, the flags, the compiler and the processor's
 instruction set, so a stale or foreign library is never loaded.
 """
@@ -16,16 +16,15 @@ import subprocess
 import tempfile
 from pathlib import Path
 
+from nanovllm.kernels import cache
+from nanovllm.kernels.cache import BuildError
+
 logger = logging.getLogger("nanovllm")
 
 SOURCE_DIR = Path(__file__).parent
 COMPILERS = ("g++", "c++", "clang++")
 FLAGS = ("-std=gnu++17", "-O3", "-fPIC", "-pthread", "-ffp-contract=off", "-w")
 NATIVE_FLAGS = ("-march=native", "-mcpu=native", None)  # the first that the compiler takes
-
-
-class BuildError(Exception):
-    """The library cannot be had here; the message says why."""
 
 
 def build_library() -> Path:
@@ -35,17 +34,16 @@ def build_library() -> Path:
     """
     compiler = find_compiler()
     name = f"cpu-{_fingerprint(compiler)}.so"
-    directories = [directory for directory in _cache_dirs() if _is_trusted(directory)]
-    for directory in directories:
-        if _is_whole(directory / name):
-            return directory / name
-    for directory in directories:
-        if os.access(directory, os.W_OK):
-            return _compile(compiler, directory / name)
-    raise BuildError(
-        "no directory to compile the CPU kernels into: neither the cache directory "
-        "nor the temporary directory is writable by this user alone"
-    )
+    cached = cache.find(name)
+    if cached is not None:
+        return cached
+    directory = cache.writable_directory()
+    if directory is None:
+        raise BuildError(
+            "no directory to compile the CPU kernels into: neither the cache directory "
+            "nor the temporary directory is writable by this user alone"
+        )
+    return _compile(compiler, directory / name)
 
 
 def find_compiler() -> str:
@@ -54,24 +52,6 @@ def find_compiler() -> str:
         if path is not None:
             return os.path.realpath(path)
     raise BuildError(f"no C++ compiler found (looked for {', '.join(COMPILERS)})")
-
-
-def _cache_dirs() -> list[Path]:
-    """Where the library may lie, best first."""
-    root = os.environ.get("XDG_CACHE_HOME")
-    home = Path(root) if root else Path(os.path.expanduser("~")) / ".cache"
-    user = os.getuid() if hasattr(os, "getuid") else 0
-    return [home / "nanovllm", Path(tempfile.gettempdir()) / f"nanovllm-{user}"]
-
-
-def _is_trusted(directory: Path) -> bool:
-    """Whether the directory exists (or could be made) and is ours: what lies there is executed."""
-    try:
-        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-        info = directory.stat()
-    except OSError:
-        return False
-    return not hasattr(os, "getuid") or (info.st_uid == os.getuid() and not info.st_mode & 0o002)
 
 
 def _sources() -> list[Path]:
@@ -114,19 +94,8 @@ def _compile(compiler: str, library: Path) -> Path:
         _finish(jobs)
         output = Path(scratch, "library.so")
         _finish([_start([*command, "-shared", *objects, "-o", str(output)])])
-        size = Path(scratch, "size")
-        size.write_text(str(output.stat().st_size))
-        os.replace(output, library)
-        os.replace(size, library.with_suffix(".size"))
+        cache.publish(output, library)
     return library
-
-
-def _is_whole(library: Path) -> bool:
-    """Whether the library is there at its full size: loading a truncated one ends the process."""
-    try:
-        return library.stat().st_size == int(library.with_suffix(".size").read_text())
-    except (OSError, ValueError):
-        return False
 
 
 def _native_flag(compiler: str) -> str | None:
