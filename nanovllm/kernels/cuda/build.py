@@ -50,6 +50,11 @@ def compile_cubin(
     return cubin
 
 
+def read_source(name: str) -> str:
+    """The text of a source beside this module."""
+    return (SOURCE_DIR / name).read_text()
+
+
 @functools.cache
 def unavailable() -> str | None:
     """Why nothing can be compiled here, in words; None if it can."""
@@ -93,7 +98,8 @@ def _nvrtc() -> Any:
 
 
 def _version() -> tuple[int, int]:
-    return tuple(_call("nvrtcVersion"))  # type: ignore[return-value]
+    major, minor = _call("nvrtcVersion")
+    return major, minor
 
 
 def _call(function: str, *arguments: Any) -> list[Any]:
