@@ -63,6 +63,9 @@ class GraphCache:
             try:
                 step()
             except torch.OutOfMemoryError:
+                if not any(self._graphs.values()):
+                    # The pool ends with its only graph, and torch takes no ended one again.
+                    self._pool = torch.cuda.graph_pool_handle()
                 return None
             finally:
                 graph.capture_end()

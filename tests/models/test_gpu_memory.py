@@ -12,6 +12,8 @@ import pytest
 import torch
 from tiny_models import make_model
 
+from nanovllm.runner.cuda_graph import GraphCache
+
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device"),
@@ -70,3 +72,25 @@ def test_weights_that_do_not_fit_are_told_in_words(model: Path) -> None:
 
 def test_a_cache_that_does_not_fit_after_all_is_told_in_words(model: Path) -> None:
     assert "KV cache" in run(model, 300, "before", num_kv_blocks=20000)["error"]
+
+
+def test_steps_are_captured_after_the_first_capture_was_given_up() -> None:
+    cache, counter = GraphCache(torch.device("cuda")), torch.zeros(1, device="cuda")
+    runs = []
+
+    def too_large() -> None:
+        runs.append(torch.cuda.is_current_stream_capturing())
+        torch.empty(1 << 22, device="cuda").zero_()
+        if runs[-1]:
+            raise torch.OutOfMemoryError("no room for a capture")
+
+    def small() -> None:
+        runs.append(torch.cuda.is_current_stream_capturing())
+        counter.add_(1)
+
+    cache.run("large", too_large)
+    for _ in range(3):
+        cache.run("small", small)
+    cache.run("large", too_large)
+    assert runs == [False, True, False, True, False]
+    assert counter.item() == 3
