@@ -146,7 +146,10 @@ def test_weights_that_cannot_fit_are_refused_before_loading(
     with pytest.raises(
         OutOfMemoryError, match=r"need .* MiB, .* more than the .* MiB that are free"
     ):
-        LLM(str(models("llama")), skip_tokenizer_init=True, gpu_memory_utilization=0.99)
+        LLM(
+            str(models("llama")), device="cpu", skip_tokenizer_init=True,
+            gpu_memory_utilization=0.99,
+        )  # fmt: skip
 
 
 def test_an_explicit_cache_that_does_not_fit_is_cut_in_words() -> None:
