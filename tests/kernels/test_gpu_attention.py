@@ -166,3 +166,47 @@ def test_cache_of_8_bit_floats(lens):
     want = reference(q, k, v, narrow.float(), batch, 0.2, None)
     got = TritonAttention().forward(q, k, v, narrow, batch, 0.2, None)
     assert relative_error(got, want) < 2e-5
+
+
+def make_narrow(contexts, heads, groups, dim, slots, dtype):
+    """Single tokens over a cache of 8-bit floats; k and v are as the cache rounds them."""
+    torch.manual_seed(4)
+    batch, num_blocks = make_batch([1] * len(contexts), contexts, slots=slots)
+    q, k, v, cache = make_tensors(batch, num_blocks, heads, groups, dim, slots, torch.float32)
+    k, v = (x.to(torch.float8_e4m3fn).to(dtype) for x in (k, v))
+    return batch, q.to(dtype), k, v, cache.to(torch.float8_e4m3fn)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("heads", "groups", "dim", "slots", "window"),
+    [(4, 2, 64, 16, None), (3, 1, 80, 8, None), (9, 1, 128, 64, 50), (2, 1, 256, 24, None)],
+)
+def test_single_tokens_over_8_bit_floats(heads, groups, dim, slots, window, dtype):
+    batch, q, k, v, cache = make_narrow([150, 1, 70], heads, groups, dim, slots, dtype)
+    large = 60000.0 if dtype == torch.bfloat16 else 1.0  # beyond what float16 holds
+    q *= large
+    scale = dim**-0.5 / large
+    want = reference(q, k, v, cache.float(), batch, scale, window)
+    got = TritonAttention().forward(q, k, v, cache, batch, scale, window)
+    assert relative_error(got, want) < tolerance(dtype)
+
+
+@pytest.mark.parametrize("splits", [1, 4])
+def test_fused_decode_over_8_bit_floats(splits):
+    heads, groups, dim = 4, 2, 64
+    batch, q, k, v, cache = make_narrow([1, 17, 300], heads, groups, dim, 16, torch.float16)
+    # Quarter turns: what is stored needs no rounding (Triton 3.6's interpreter rounds wrongly).
+    turned = torch.randint(2, (512, dim // 2), device=DEVICE).float()
+    cos_sin = torch.cat((turned, 1 - turned), 1)
+    wq, wk = (_norm_rope(x.float(), None, cos_sin, batch.positions) for x in (q, k))
+    want_cache = cache.float()
+    want = reference(wq, wk, v, want_cache, batch, 0.2, None)
+    got = torch.full_like(q, float("nan"))
+    kernels.decode(
+        q, cache, batch.cu_q_lens, batch.context_lens, batch.block_tables, 0.2, None,
+        kernels.DecodeWorkspace(heads, dim, q.device), splits, got,
+        new=kernels.FusedInputs(k, v, None, cos_sin, 1e-6),
+    )  # fmt: skip
+    assert relative_error(got, want) < tolerance(torch.float16)
+    torch.testing.assert_close(cache.float(), want_cache, equal_nan=True, rtol=0, atol=0)

@@ -61,8 +61,12 @@ def num_splits(num_seqs: int, num_kv_heads: int, max_context_len: int) -> int:
     return 1 << (limit.bit_length() - 1)
 
 
-def _decode_tile(dim_pad: int, itemsize: int, programs: int, splits: int) -> tuple[int, int, int]:
+def _decode_tile(
+    dim_pad: int, itemsize: int, programs: int, splits: int, *, narrow: bool
+) -> tuple[int, int, int]:
     """(keys a tile, warps, stages): measured best at D = 128 in 16 bits; others by their bytes."""
+    if narrow:
+        return max(16, min(64, 8192 // dim_pad)), 2, 6
     if dim_pad != 128 or itemsize != 2 or programs <= 128:
         keys = max(16, min(128 // itemsize, 16384 // (dim_pad * itemsize)))
         return keys, 4, 5 if itemsize <= 2 else 3
@@ -94,9 +98,12 @@ def decode(
     _, _, groups, slots, dim = kv_cache.shape
     ratio = q.shape[1] // groups
     dim_pad = triton.next_power_of_2(dim)
+    itemsize = kv_cache.element_size()
+    narrow = itemsize == 1 and q.element_size() == 2  # computed in float16
     keys, warps, stages = tile or _decode_tile(
-        dim_pad, kv_cache.element_size(), groups * len(context_lens) * splits, splits
+        dim_pad, itemsize, groups * len(context_lens) * splits, splits, narrow=narrow
     )
+    ratio_pow2 = triton.next_power_of_2(ratio)
     assert q.stride(1) == out.stride(1) == dim, "heads of a token must follow one another"
     assert splits == 1 or splits * len(context_lens) <= MAX_SPLIT_PROGRAMS
     f = new or FusedInputs(q, q, None, q, 0.0)
@@ -107,9 +114,9 @@ def decode(
         cu_q_lens, context_lens, block_tables,
         q.stride(0), f.k.stride(0), out.stride(0), block_tables.stride(0),
         scale * LOG2_E, f.eps, window or 0,
-        groups, ratio, triton.next_power_of_2(ratio), max(16, triton.next_power_of_2(ratio)),
+        groups, ratio, ratio_pow2, max(8 if narrow else 16, ratio_pow2),
         dim, dim_pad, slots, keys, splits, window is not None, new is not None,
-        f.q_norm is not None, pdl, precision(q),
+        f.q_norm is not None, pdl, precision(q), narrow, q.is_cuda,
         num_warps=warps, num_stages=stages, **options,
     )  # fmt: skip
     return out

@@ -1,8 +1,7 @@
 """Paged attention in Triton for rows of one query.
 
-The cache is read once, in tiles that all query heads of a KV head share; a cache of 8-bit floats
-is widened to q's dtype in registers. Rows with more queries are skipped. Launched by
-`decode_attention`.
+The cache is read once, in tiles that all query heads of a KV head share. Rows with more queries
+are skipped. Launched by `decode_attention`.
 
 Shape legend: T tokens, S sequences, H query heads, G KV heads, R = H / G, D head dim, B blocks,
 P slots a block, N columns of the block table.
@@ -15,6 +14,7 @@ import triton
 import triton.language as tl
 from triton.language.extra import cuda as tl_cuda
 
+from nanovllm.kernels.gpu.narrow_tiles import narrow_tiles
 from nanovllm.kernels.gpu.paged import tile_offsets
 
 # A split shorter than this costs more to combine than it saves.
@@ -188,12 +188,12 @@ def decode_kernel(
     G: tl.constexpr, R: tl.constexpr, R_POW2: tl.constexpr, R_PAD: tl.constexpr,
     D: tl.constexpr, D_PAD: tl.constexpr, P: tl.constexpr, BLOCK_N: tl.constexpr,
     SPLITS: tl.constexpr, WINDOW: tl.constexpr, FUSED: tl.constexpr, QK_NORM: tl.constexpr,
-    PDL: tl.constexpr, PRECISION: tl.constexpr,
+    PDL: tl.constexpr, PRECISION: tl.constexpr, NARROW: tl.constexpr, PTX: tl.constexpr,
 ):  # fmt: skip
     """Grid (G, S, SPLITS): the R query heads of one KV head of one row, over a part of its keys.
 
-    The R heads share each key tile (padded to the 16 rows of a matrix instruction). With FUSED,
-    q and k are normalised and rotated here, the new key and value are stored, and take part from
+    The R heads share each key tile (padded to what a matrix instruction takes). With FUSED, q and k
+    are normalised and rotated here, the new key and value are stored, and take part from
     registers; the cached keys are then those before them. The program that finishes last
     combines the parts.
     """
@@ -239,9 +239,14 @@ def decode_kernel(
         top = tl.full((R_PAD,), float("-inf"), tl.float32)
         total = tl.zeros((R_PAD,), tl.float32)
         acc = tl.zeros((R_PAD, D_PAD), tl.float32)
-    acc, total, top = _decode_tiles(
-        q, acc, total, top, cache_ptr, table_ptr, group, first, start, stop, scale,
-        G, D, D_PAD, P, BLOCK_N, WINDOW, PRECISION)  # fmt: skip
+    if NARROW:
+        acc, total, top = narrow_tiles(
+            q, acc, total, top, cache_ptr, table_ptr, group, first, start, stop, scale,
+            G, R_PAD, D, D_PAD, P, BLOCK_N, WINDOW, PTX)  # fmt: skip
+    else:
+        acc, total, top = _decode_tiles(
+            q, acc, total, top, cache_ptr, table_ptr, group, first, start, stop, scale,
+            G, D, D_PAD, P, BLOCK_N, WINDOW, PRECISION)  # fmt: skip
 
     out_row = out_ptr + token.to(tl.int64) * out_stride + group * R * D
     if used > 1:
