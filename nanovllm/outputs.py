@@ -1,4 +1,8 @@
-"""What the engine gives back: results of requests, and their deltas while they stream."""
+"""What the engine gives back: results of requests, and their deltas while they stream.
+
+Log-probabilities are many small objects, and most are never looked at. So a field of them may hold
+what makes them instead; whoever reads the field sees them, made at the first look.
+"""
 
 from __future__ import annotations
 
@@ -125,3 +129,22 @@ class Delta:
     logprobs: tuple[dict[int, Logprob], ...] | None = None
     metrics: RequestMetrics | None = None
     error: str | None = None
+
+
+def _make_when_read(cls: type, name: str) -> None:
+    """A callable in this slot stands for its result, and is replaced by it at the first look."""
+    slot = cls.__dict__[name]
+
+    def read(output: Any) -> Any:
+        value = slot.__get__(output)
+        if callable(value):
+            value = value()
+            slot.__set__(output, value)
+        return value
+
+    setattr(cls, name, property(read, slot.__set__, slot.__delete__))
+
+
+_make_when_read(CompletionOutput, "logprobs")
+_make_when_read(RequestOutput, "prompt_logprobs")
+_make_when_read(Delta, "logprobs")

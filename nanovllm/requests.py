@@ -5,8 +5,11 @@ Sits between the engine, which knows token ids, and the public API. Pure host co
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
+from typing import Any, cast
 
 from nanovllm.engine.plan import TokenLogprobs
 from nanovllm.engine.scheduler import SequenceUpdate
@@ -16,6 +19,8 @@ from nanovllm.sampling_params import SamplingParams
 from nanovllm.text.detokenizer import IncrementalDetokenizer, StopStrings
 from nanovllm.text.tokenizer import Tokenizer
 
+STRIDE = 1 + len(TokenLogprobs._fields)  # of a position and its record, side by side
+
 
 @dataclass(slots=True)
 class _Completion:
@@ -24,6 +29,40 @@ class _Completion:
     output: CompletionOutput
     detokenizer: IncrementalDetokenizer | None
     stops: StopStrings
+    logprobs: _Unread | None
+    prompt_logprobs: _Unread | None
+
+
+class _Unread:
+    """A list of log-probabilities by position, made when it is first read.
+
+    From then on it grows with each `add`. One thread adds, several may read.
+    """
+
+    def __init__(self, make: Callable[[TokenLogprobs], Any], entries: list[Any]) -> None:
+        self._make = make
+        self._entries = entries
+        self._read = False
+        self._reading = threading.Lock()
+        # Flat, of what the garbage collector does not follow: many records would keep it busy.
+        self._waiting: list[Any] = []
+
+    def add(self, start: int, records: Iterable[TokenLogprobs]) -> None:
+        for position, record in enumerate(records, start):
+            self._waiting += (position, *record)
+        if self._read:
+            self()
+
+    def __call__(self) -> list[Any]:
+        self._read = True  # before the look: what is added after it, `add` itself makes readable
+        with self._reading:
+            while self._waiting:
+                found = self._waiting.copy()
+                for i in range(0, len(found), STRIDE):
+                    position, *fields = found[i : i + STRIDE]
+                    self._entries[position : position + 1] = [self._make(TokenLogprobs(*fields))]
+                del self._waiting[: len(found)]  # at the end: interrupted, it is done again
+        return self._entries
 
 
 class RequestTracker:
@@ -47,16 +86,22 @@ class RequestTracker:
         sequences: list[Sequence],
     ) -> RequestOutput:
         completions = [CompletionOutput(index=seq.index) for seq in sequences]
+        request = RequestOutput(request_id, prompt, prompt_token_ids, completions)
+        of_prompt = None
+        if params.prompt_logprobs is not None:
+            of_prompt = _Unread(self._readable, [None] * len(prompt_token_ids))
+            request.prompt_logprobs = cast(Any, of_prompt)
         text = self._tokenizer is not None and params.detokenize
         for seq, output in zip(sequences, completions, strict=True):
+            logprobs = None
             if params.logprobs is not None:
-                output.logprobs, output.cumulative_logprob = [], 0.0
+                logprobs = _Unread(self._readable, [])
+                output.logprobs, output.cumulative_logprob = cast(Any, logprobs), 0.0
             detokenizer = IncrementalDetokenizer(self._tokenizer) if text else None  # type: ignore[arg-type]
             stops = StopStrings(params.stop or (), include=params.include_stop_str_in_output)
-            self._completions[seq.seq_id] = _Completion(output, detokenizer, stops)
-        request = RequestOutput(request_id, prompt, prompt_token_ids, completions)
-        if params.prompt_logprobs is not None:
-            request.prompt_logprobs = [None] * len(prompt_token_ids)
+            self._completions[seq.seq_id] = _Completion(
+                output, detokenizer, stops, logprobs, of_prompt
+            )
         self.outputs[request_id] = request
         return request
 
@@ -64,7 +109,8 @@ class RequestTracker:
         """What the update adds to its request, or None if it adds nothing."""
         seq = update.seq
         completion = self._completions[seq.seq_id]
-        self._take_prompt_logprobs(seq, update)
+        if completion.prompt_logprobs is not None:
+            completion.prompt_logprobs.add(update.prompt_start, update.prompt_logprobs)
         if not update.token_ids and update.finish_reason is None:
             return None
         text, stop = self._text_of(completion, update)
@@ -96,12 +142,14 @@ class RequestTracker:
         stop_reason: str | int | None,
     ) -> Delta:
         output = completion.output
-        logprobs = tuple(self._readable(entry) for entry in update.logprobs) or None
+        logprobs: Any = None
+        if update.logprobs and completion.logprobs is not None:
+            logprobs = partial(self._all_readable, update.logprobs)  # the delta's, when it is read
+            completion.logprobs.add(seq.num_output_tokens - len(update.token_ids), update.logprobs)
+            for entry in update.logprobs:
+                output.cumulative_logprob += entry.logprob  # type: ignore[operator]
         output.text += text
         output.token_ids += update.token_ids
-        if output.logprobs is not None:
-            output.logprobs += logprobs or ()
-            output.cumulative_logprob += sum(e.logprob for e in update.logprobs)  # type: ignore[operator]
         if reason is not None:
             output.finish_reason, output.stop_reason = reason, stop_reason
             output.error = update.error
@@ -138,20 +186,16 @@ class RequestTracker:
                 text += completion.stops.flush()
         return text, stop
 
-    def _take_prompt_logprobs(self, seq: Sequence, update: SequenceUpdate) -> None:
-        request = self.outputs.get(seq.request_id)
-        if request is None or request.prompt_logprobs is None:
-            return
-        for position, entry in enumerate(update.prompt_logprobs, update.prompt_start):
-            request.prompt_logprobs[position] = self._readable(entry)
+    def _all_readable(self, entries: Iterable[TokenLogprobs]) -> tuple[dict[int, Logprob], ...]:
+        return tuple(map(self._readable, entries))
 
     def _readable(self, entry: TokenLogprobs) -> dict[int, Logprob]:
-        found = {
-            token_id: Logprob(logprob, rank, self._token_text(token_id))
-            for rank, (token_id, logprob) in enumerate(entry.top, 1)
-        }
-        own = Logprob(entry.logprob, entry.rank, self._token_text(entry.token_id))
-        return {entry.token_id: own} | found | {entry.token_id: own}
+        own = entry.token_id
+        found = {own: Logprob(entry.logprob, entry.rank, self._token_text(own))}
+        for rank, (token_id, logprob) in enumerate(entry.top, 1):
+            if token_id != own:
+                found[token_id] = Logprob(logprob, rank, self._token_text(token_id))
+        return found
 
     def _token_text(self, token_id: int) -> str | None:
         return None if self._tokenizer is None else self._tokenizer.token_text(token_id)

@@ -65,17 +65,23 @@ class StepPlan:
         return sum(step.num_tokens for step in self.rows)
 
 
-@dataclass(frozen=True, slots=True)
-class TokenLogprobs:
+class TokenLogprobs(NamedTuple):
     """Log-probabilities at one position: the token itself first, then the most likely ones.
 
-    rank is the token's own rank, 1 for the most likely.
+    rank is the token's own rank, 1 for the most likely. packed_top are pairs of float64, (token id,
+    log-probability), best first: a large batch brings more of them a step than the host has time to
+    make objects of, and most are never looked at.
     """
 
     token_id: int
     logprob: float
     rank: int
-    top: tuple[tuple[int, float], ...] = ()
+    packed_top: bytes = b""
+
+    @property
+    def top(self) -> tuple[tuple[int, float], ...]:
+        values = memoryview(self.packed_top).cast("d").tolist()
+        return tuple(zip(map(int, values[::2]), values[1::2], strict=True))
 
 
 class RowResult(NamedTuple):

@@ -17,7 +17,7 @@ from torch import Tensor
 from nanovllm.engine.plan import RowResult, StepPlan, StepResult, TokenLogprobs
 from nanovllm.runner.gpu_staging import Download
 from nanovllm.runner.rows import RowState
-from nanovllm.runner.sampler import NOT_FINITE
+from nanovllm.runner.sampler import NOT_FINITE, pack_logprobs
 
 TAIL = 32  # tokens that a constraint may be behind without a visit to the device
 
@@ -60,13 +60,11 @@ class LogprobDownload:
     def take(self) -> dict[int, TokenLogprobs]:
         """By line; waits for the copy."""
         self._event.synchronize()
-        found = {}
-        for line, count, row in zip(self._lines, self._counts, self._host.tolist(), strict=True):
-            token, logprob, rank, *tops = row
-            half = len(tops) // 2
-            pairs = zip(map(int, tops[half:]), tops[:half], strict=True)
-            found[line] = TokenLogprobs(int(token), logprob, int(rank), tuple(pairs)[:count])
-        return found
+        heads, values, ids = self._host.split([3, *2 * [self._host.shape[1] // 2 - 1]], 1)
+        token_ids, own, ranks = heads.T
+        tops = torch.stack([ids, values], -1)
+        found = pack_logprobs(token_ids.long(), own, ranks.long(), tops, self._counts)
+        return dict(zip(self._lines, found, strict=True))
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,7 +11,7 @@ Shape legend: L rows that sample, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 
@@ -33,6 +33,7 @@ MIN_TEMPERATURE = 1e-6
 NOT_FINITE = "the model's logits are not finite numbers"
 # The cumulative sum goes in two levels: over tiles, then inside one.
 TILE = 256
+PAIR_BYTES = 16  # of a token id and its log-probability: see TokenLogprobs
 
 
 @dataclass(slots=True)
@@ -283,11 +284,24 @@ def token_logprobs(logits: Tensor, token_ids: Tensor, counts: list[int]) -> list
     """Log-softmax of [L, V] at token_ids [L], with the counts[i] most likely tokens of row i."""
     logprobs = logits.float().log_softmax(-1)
     own = logprobs.gather(1, token_ids.unsqueeze(1))
-    ranks = (logprobs > own).sum(-1).add(1).tolist()
+    ranks = (logprobs > own).sum(-1).add(1)
     values, ids = logprobs.topk(min(max(1, *counts), logprobs.shape[1]), dim=-1)
-    columns = zip(token_ids.tolist(), own[:, 0].tolist(), ranks, strict=True)
-    tops = zip(ids.tolist(), values.tolist(), counts, strict=True)
+    tops = torch.stack([ids.cpu().double(), values.cpu().double()], -1)
+    return pack_logprobs(token_ids, own[:, 0], ranks, tops, counts)
+
+
+def pack_logprobs(
+    token_ids: Tensor, own: Tensor, ranks: Tensor, tops: Tensor, counts: Sequence[int]
+) -> list[TokenLogprobs]:
+    """One record for each of L tokens, with the first counts[i] of its tops.
+
+    token_ids, ranks [L] integers, own [L]; tops [L, K, 2] float64 on the host: (token id,
+    log-probability), best first, K >= counts.
+    """
+    packed = tops.numpy().tobytes()
+    starts = range(0, len(packed), PAIR_BYTES * tops.shape[1])
+    columns = (token_ids.tolist(), own.tolist(), ranks.tolist(), starts, counts)
     return [
-        TokenLogprobs(token, logprob, rank, tuple(zip(top, lps, strict=True))[:count])
-        for (token, logprob, rank), (top, lps, count) in zip(columns, tops, strict=True)
+        TokenLogprobs(token, logprob, rank, packed[start : start + PAIR_BYTES * count])
+        for token, logprob, rank, start, count in zip(*columns, strict=True)
     ]
