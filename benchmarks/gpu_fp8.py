@@ -13,6 +13,7 @@ import argparse
 import itertools
 import multiprocessing
 import time
+from collections.abc import Iterator
 from dataclasses import replace
 
 import torch
@@ -42,7 +43,7 @@ class Case:
         self.caches = [torch.randn(shape, dtype=BF16, device=CUDA).to(kind) for _ in range(layers)]
         qkv = torch.randn(rows, heads + 2 * groups, DIM, dtype=BF16, device=CUDA)
         self.q, k, v = qkv.split((heads, groups, groups), 1)
-        self.norms = tuple(torch.rand(DIM, device=CUDA).to(BF16) + 0.5 for _ in range(2))
+        self.norms = (torch.rand(DIM, device=CUDA) + 0.5).to(BF16), torch.ones_like(qkv[0, 0])
         angles = torch.rand(MEAN * 2, DIM // 2, device=CUDA) * 6
         self.cos_sin = torch.cat((angles.cos(), angles.sin()), 1)
         self.new = attention.FusedInputs(k, v, self.norms, self.cos_sin, 1e-6)
@@ -81,7 +82,7 @@ def splits_of(rows: int, groups: int) -> list[int]:
     return [s for s in (own, own * 2, own // 2) if 1 <= s <= (16 if rows <= 32 else 2)]
 
 
-def variants(rows: int, groups: int):
+def variants(rows: int, groups: int) -> Iterator[tuple]:
     """(kind, tile, splits): bfloat16's own, then every tile, and some with other splits."""
     own, *others = splits_of(rows, groups)
     yield BF16, None, own
@@ -107,7 +108,7 @@ def check_all(rows: list[int], deadline: float) -> dict[tuple, object]:
     for (heads, groups), r in itertools.product(HEADS, rows):
         for kind, tile, splits in variants(r, groups):
             jobs[heads, kind, tile, splits] = (heads, groups, r, kind, tile, splits)
-    found = {}
+    found: dict[tuple, object] = {}
     with multiprocessing.get_context("spawn").Pool(12) as pool:
         results = pool.imap_unordered(compile_and_check, jobs.values())
         while len(found) < len(jobs):

@@ -156,16 +156,18 @@ def test_padding_rows_write_nothing():
     torch.testing.assert_close(cache, before, equal_nan=True)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("lens", [([1, 1], [150, 40]), ([70, 3], [70, 99])])
-def test_cache_of_8_bit_floats(lens):
+def test_cache_of_8_bit_floats(lens, dtype):
     torch.manual_seed(3)
     batch, num_blocks = make_batch(*lens, slots=16)
     q, k, v, cache = make_tensors(batch, num_blocks, 4, 2, 64, 16, torch.float32)
     narrow = cache.to(torch.float8_e4m3fn)
-    k, v = (x.to(torch.float8_e4m3fn).float() for x in (k, v))
+    q = q.to(dtype)
+    k, v = (x.to(torch.float8_e4m3fn).to(dtype) for x in (k, v))
     want = reference(q, k, v, narrow.float(), batch, 0.2, None)
     got = TritonAttention().forward(q, k, v, narrow, batch, 0.2, None)
-    assert relative_error(got, want) < 2e-5
+    assert relative_error(got, want) < tolerance(dtype)
 
 
 def make_narrow(contexts, heads, groups, dim, slots, dtype):

@@ -12,7 +12,7 @@ import triton
 from torch import Tensor
 
 from nanovllm.kernels.gpu.decode_kernel import MIN_SPLIT, decode_kernel
-from nanovllm.kernels.gpu.paged import LOG2_E, precision
+from nanovllm.kernels.gpu.paged import LOG2_E, is_narrow, precision
 
 
 class FusedInputs:
@@ -98,10 +98,10 @@ def decode(
     _, _, groups, slots, dim = kv_cache.shape
     ratio = q.shape[1] // groups
     dim_pad = triton.next_power_of_2(dim)
-    itemsize = kv_cache.element_size()
-    narrow = itemsize == 1 and q.element_size() == 2  # computed in float16
+    narrow = is_narrow(q, kv_cache)
+    programs = groups * len(context_lens) * splits
     keys, warps, stages = tile or _decode_tile(
-        dim_pad, itemsize, groups * len(context_lens) * splits, splits, narrow=narrow
+        dim_pad, kv_cache.element_size(), programs, splits, narrow=narrow
     )
     ratio_pow2 = triton.next_power_of_2(ratio)
     assert q.stride(1) == out.stride(1) == dim, "heads of a token must follow one another"

@@ -18,7 +18,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from nanovllm.kernels.gpu.paged import tile_offsets
+from nanovllm.kernels.gpu.paged import as_float16, tile_offsets
 
 
 @triton.jit
@@ -56,19 +56,13 @@ def narrow_tiles(
     G: tl.constexpr, R_PAD: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, P: tl.constexpr,
     BLOCK_N: tl.constexpr, WINDOW: tl.constexpr, PTX: tl.constexpr,
 ):  # fmt: skip
-    """Online softmax (Milakov and Gimelshein 2018) over the cached keys [start, stop).
-
-    q is divided by its row's largest value, so that none is infinite in float16. Sums are float32.
-    """
+    """Online softmax (Milakov and Gimelshein 2018) over the cached keys [start, stop)."""
     PAIRS: tl.constexpr = D_PAD // 2
     d = tl.arange(0, D_PAD)
     pair = tl.arange(0, PAIRS)
     offs_n = tl.arange(0, BLOCK_N)
-    q = q.to(tl.float32)
-    size = tl.max(tl.abs(q), 1)
-    size = tl.where(size > 0, size, 1.0)
-    q = (q / size[:, None]).to(tl.float16).T
-    scale = size * scale
+    q, scale = as_float16(q, scale)
+    q, scale = q.T, scale.T
     even, odd = tl.split(acc.T.reshape(PAIRS, 2, R_PAD).permute(0, 2, 1))
     words_ptr = cache_ptr.to(tl.pointer_type(tl.int16), bitcast=True) + G * P * D // 2
     for n in range(start, stop, BLOCK_N):
@@ -82,7 +76,7 @@ def narrow_tiles(
             key_mask = key_mask & (d < D)[None, :]
             word_mask = word_mask & (pair < D // 2)[:, None]
         keys = tl.load(cache_ptr + offset[:, None] + d[None, :], mask=key_mask, other=0.0)
-        scores = tl.dot(keys.to(tl.float16), q) * scale[None, :]
+        scores = tl.dot(keys.to(tl.float16), q) * scale
         scores = tl.where(inside[:, None], scores, float("-inf"))
         new_top = tl.maximum(top, tl.max(scores, 0))
         weights = tl.exp2(scores - new_top[None, :])

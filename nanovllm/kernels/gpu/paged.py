@@ -60,6 +60,18 @@ def _store_kernel(k_ptr, v_ptr, cache_ptr, slots_ptr, k_stride, v_stride,
     tl.store(cache_ptr + target + G * P * D, v.to(cache_ptr.dtype.element_ty), mask=mask)
 
 
+@triton.jit
+def as_float16(q, scale):
+    """(q [rows, D] in float16, what scores are then to be multiplied with [rows, 1]).
+
+    Each row is divided by its largest value, so that none becomes infinite.
+    """
+    q = q.to(tl.float32)
+    size = tl.max(tl.abs(q), 1)[:, None]
+    size = tl.where(size > 0, size, 1.0)
+    return (q / size).to(tl.float16), size * scale
+
+
 def store_kv(k: Tensor, v: Tensor, kv_cache: Tensor, slot_mapping: Tensor) -> None:
     """Writes k and v [T, G, D] into kv_cache [B, 2, G, P, D] at slots [T] int64."""
     _, _, groups, slots, dim = kv_cache.shape
@@ -73,3 +85,8 @@ def store_kv(k: Tensor, v: Tensor, kv_cache: Tensor, slot_mapping: Tensor) -> No
 def precision(x: Tensor) -> str:
     """float32 products stay float32; 16-bit inputs do not care."""
     return "ieee" if x.dtype == torch.float32 else "tf32"
+
+
+def is_narrow(q: Tensor, kv_cache: Tensor) -> bool:
+    """Whether to compute in float16: it holds all 8-bit floats, and they become it fastest."""
+    return kv_cache.element_size() == 1 and q.element_size() == 2

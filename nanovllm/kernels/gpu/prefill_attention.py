@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from nanovllm.kernels.gpu.paged import LOG2_E, precision, tile_offsets
+from nanovllm.kernels.gpu.paged import LOG2_E, as_float16, is_narrow, precision, tile_offsets
 
 
 @triton.jit
@@ -66,6 +66,7 @@ def _prefill_kernel(
     D: tl.constexpr, D_PAD: tl.constexpr, P: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_N: tl.constexpr,
     WINDOW: tl.constexpr, SKIP_SINGLE: tl.constexpr, PRECISION: tl.constexpr,
+    NARROW: tl.constexpr,
 ):  # fmt: skip
     """Grid (tiles of queries, G): BLOCK_Q queries of one row times the R heads of one KV head.
 
@@ -99,6 +100,8 @@ def _prefill_kernel(
     q = tl.load(
         q_ptr + rows[:, None] * q_stride + (head * D)[:, None] + d[None, :], mask=mask_2d, other=0.0
     )
+    if NARROW:
+        q, scale = as_float16(q, scale)
     positions = context - q_len + query
     table_ptr = tables_ptr + seq.to(tl.int64) * table_stride
     last = tl.minimum(first_query + BLOCK_Q, q_len) - 1
@@ -165,7 +168,7 @@ def prefill(
         q, kv_cache, out, cu_q_lens, context_lens, block_tables,
         q.stride(0), out.stride(0), block_tables.stride(0), num_seqs, scale * LOG2_E, window or 0,
         groups, ratio, rows_pad, dim, dim_pad, slots, queries, keys,
-        window is not None, skip_single, precision(q),
+        window is not None, skip_single, precision(q), is_narrow(q, kv_cache),
         num_warps=warps, num_stages=stages,
     )  # fmt: skip
     return out
