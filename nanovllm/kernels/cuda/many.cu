@@ -12,7 +12,7 @@
 // writes `scaled` = residual * norm and the sums of squares of its features; the next one
 // multiplies `scaled` with its weights and then every row by 1 / rms.
 //
-// Constants: WARPGROUPS (of 64 weight rows each), BATCH, SPLIT, STAGES; SCALE (rows are to be
+// Constants: WARPGROUPS (of 64 weight rows each), BATCH_GROUPS (as many warpgroups share the rows of x), BATCH, SPLIT, STAGES; SCALE (rows are to be
 // multiplied by 1 / rms), BIAS, GATED (rows of gate and up alternate by eights; SiLU(gate) * up),
 // RESIDUAL (add it, and prepare the next norm), LEAD (the next kernel may start when a block has so
 // many stages left to fetch; -1: as soon as the kernel before has ended), HALF.
@@ -21,7 +21,8 @@
 
 constexpr int TILE = 64 * WARPGROUPS;  // weight rows of a block
 constexpr int K_STEP = 64;             // 128 bytes: the widest swizzle
-constexpr int CONSUMERS = 128 * WARPGROUPS;
+constexpr int CONSUMERS = 128 * WARPGROUPS * BATCH_GROUPS;
+constexpr int COLUMNS = BATCH / BATCH_GROUPS;  // rows of x in one instruction
 constexpr int WEIGHT_BYTES = TILE * K_STEP * 2, X_BYTES = BATCH * K_STEP * 2;
 constexpr int STRIDE = TILE + 4;  // floats of a row of sums: no bank conflicts
 constexpr int FEATURES = GATED ? TILE / 2 : TILE;
@@ -87,26 +88,31 @@ __device__ __forceinline__ void produce(Shared& s, const TensorMap& weights, con
 
 // The sums of this block's part of K, into shared memory as [row of x][weight row].
 __device__ __forceinline__ void consume(Shared& s, int steps, int rows) {
-  const int group = threadIdx.x / 128, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  float sum[BATCH / 2];
+  const int group = threadIdx.x / 128 % WARPGROUPS, columns = threadIdx.x / 128 / WARPGROUPS;
+  const int warp = threadIdx.x / 32 % (4 * WARPGROUPS), lane = threadIdx.x % 32;
+  float sum[COLUMNS / 2];
   for (int step = 0; step < steps; ++step) {
     const int stage = step % STAGES;
     barrier_wait(shared_address(&s.full[stage]), step / STAGES & 1);
     const u64 a = descriptor(shared_address(s.ring.weight[stage]) + group * 64 * K_STEP * 2);
-    const u64 b = descriptor(shared_address(s.ring.x[stage]));
+    const u64 b = descriptor(shared_address(s.ring.x[stage]) + columns * COLUMNS * K_STEP * 2);
     asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
 #pragma unroll
     for (int k = 0; k < 4; ++k) multiply(sum, a + 2 * k, b + 2 * k, step + k > 0);
-    asm volatile("wgmma.commit_group.sync.aligned;\nwgmma.wait_group.sync.aligned 1;" ::: "memory");
-    if (step > 0 && lane == 0) barrier_arrive(shared_address(&s.empty[(step - 1) % STAGES]));
+    asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+    if (step > 0 && step - 1 + STAGES < steps) {  // the tiles of the step before are wanted again
+      asm volatile("wgmma.wait_group.sync.aligned 1;" ::: "memory");
+      if (lane == 0) barrier_arrive(shared_address(&s.empty[(step - 1) % STAGES]));
+    }
   }
   asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
 #pragma unroll
-  for (int i = 0; i < BATCH / 2; ++i) asm volatile("" : "+f"(sum[i])::"memory");
+  for (int i = 0; i < COLUMNS / 2; ++i) asm volatile("" : "+f"(sum[i])::"memory");
   sync_threads(1, CONSUMERS);  // all tiles have been used: their memory is free
 #pragma unroll
-  for (int i = 0; i < BATCH / 2; ++i) {
-    const int m = i / 4 * 8 + lane % 4 * 2 + i % 2, n = warp * 16 + i / 2 % 2 * 8 + lane / 4;
+  for (int i = 0; i < COLUMNS / 2; ++i) {
+    const int m = columns * COLUMNS + i / 4 * 8 + lane % 4 * 2 + i % 2;
+    const int n = warp * 16 + i / 2 % 2 * 8 + lane / 4;
     if (m < rows) s.sums[m * STRIDE + n] = sum[i];
   }
 }
@@ -148,6 +154,27 @@ struct Place {
   }
 };
 
+// What a thread's results need beside the sums: read before the product, for it takes long to come.
+struct Known {
+  uint2 bias = {0, 0}, norm = {0, 0}, old[PASSES] = {};
+
+  __device__ __forceinline__ void read_weights(const Result& r, const Place& place) {
+    if (BIAS && place.inside) bias = __ldg(reinterpret_cast<const uint2*>(r.bias + place.n));
+    if (RESIDUAL && place.inside) norm = __ldg(reinterpret_cast<const uint2*>(r.norm + place.n));
+  }
+
+  __device__ __forceinline__ void read_residual(const Result& r, const Place& place, int rank,
+                                                int rows, int n_total) {
+#pragma unroll
+    for (int pass = 0; pass < PASSES; ++pass)
+      if (RESIDUAL && place.inside && place.has(pass, rank, rows)) {
+        const int m = place.first + pass * ROWS_AT_ONCE;
+        old[pass] =
+            *reinterpret_cast<const uint2*>(r.out + static_cast<u64>(m) * n_total + place.n);
+      }
+  }
+};
+
 __device__ __forceinline__ float4 add(float4 a, float4 b) {
   return {a.x + b.x, a.y + b.y, a.z + b.z, a.w + b.w};
 }
@@ -162,7 +189,7 @@ __device__ __forceinline__ float gated(float gate, float up) {
 
 // Adds up the cluster's parts of this rank's rows, and writes the result.
 __device__ __forceinline__ void finish(Shared& s, const Result& r, const Place& place,
-                                       const uint2 (&old)[PASSES], int tile, int rank, int rows,
+                                       const Known& known, int tile, int rank, int rows,
                                        int n_total) {
   u32 sums[SPLIT];
 #pragma unroll
@@ -171,14 +198,8 @@ __device__ __forceinline__ void finish(Shared& s, const Result& r, const Place& 
     sums[other] = SPLIT > 1 ? address_of_rank(here, other) : here;
   }
   const int column = GATED ? place.f / 8 * 16 + place.f % 8 : place.f;
-#if BIAS
-  const uint2 b = place.inside ? *reinterpret_cast<const uint2*>(r.bias + place.n) : uint2{0, 0};
-  const float2 b0 = unpack(b.x), b1 = unpack(b.y);
-#endif
-#if RESIDUAL
-  const uint2 g = place.inside ? *reinterpret_cast<const uint2*>(r.norm + place.n) : uint2{0, 0};
-  const float2 g0 = unpack(g.x), g1 = unpack(g.y);
-#endif
+  const float2 b0 = unpack(known.bias.x), b1 = unpack(known.bias.y);
+  const float2 g0 = unpack(known.norm.x), g1 = unpack(known.norm.y);
 #pragma unroll
   for (int begin = 0; begin < PASSES; begin += TOGETHER) {
     float4 parts[TOGETHER][SPLIT][GATED ? 2 : 1];  // all on their way before the first is used
@@ -189,9 +210,12 @@ __device__ __forceinline__ void finish(Shared& s, const Result& r, const Place& 
 #pragma unroll
         for (int half = 0; half < (GATED ? 2 : 1); ++half) {
           const int m = place.first + (begin + i) * ROWS_AT_ONCE;
-          if (begin + i < PASSES && place.has(begin + i, rank, rows))
-            parts[i][other][half] =
-                load_of_cluster(sums[other] + (m * STRIDE + column + half * 8) * 4);
+          const int spot = m * STRIDE + column + half * 8;
+          if (begin + i >= PASSES || !place.has(begin + i, rank, rows)) continue;
+          if (SPLIT == 1)
+            parts[i][other][half] = *reinterpret_cast<const float4*>(&s.sums[spot]);
+          else
+            parts[i][other][half] = load_of_cluster(sums[other] + spot * 4);
         }
 #pragma unroll
     for (int i = 0; i < TOGETHER; ++i) {
@@ -215,7 +239,7 @@ __device__ __forceinline__ void finish(Shared& s, const Result& r, const Place& 
 #endif
       uint2 packed = {pack(v.x, v.y), pack(v.z, v.w)};
 #if RESIDUAL
-      const float2 o0 = unpack(old[pass].x), o1 = unpack(old[pass].y);
+      const float2 o0 = unpack(known.old[pass].x), o1 = unpack(known.old[pass].y);
       const float2 v0 = unpack(packed.x), v1 = unpack(packed.y);
       packed = {pack(o0.x + v0.x, o0.y + v0.y), pack(o1.x + v1.x, o1.y + v1.y)};
       const float2 r0 = unpack(packed.x), r1 = unpack(packed.y);
@@ -243,6 +267,10 @@ extern "C" __global__ void __launch_bounds__(CONSUMERS + 64)
   Shared& s = *reinterpret_cast<Shared*>(memory);
   const int warp = threadIdx.x / 32, rank = blockIdx.x, tile = blockIdx.y;
   const int begin = k_steps * rank / SPLIT, steps = k_steps * (rank + 1) / SPLIT - begin;
+  if (tile * FEATURES >= n_total) {  // a block too many, so that each multiprocessor has one
+    wait_for_earlier_kernels();
+    return;
+  }
   if (threadIdx.x < STAGES) {
     barrier_init(shared_address(&s.full[threadIdx.x]), 1);
     barrier_init(shared_address(&s.empty[threadIdx.x]), CONSUMERS / 32);
@@ -251,7 +279,7 @@ extern "C" __global__ void __launch_bounds__(CONSUMERS + 64)
   __syncthreads();
   const Result result = {out, bias, norm, scaled, new_squares};
   const Place place(tile, rank, n_total);
-  uint2 old[PASSES] = {};
+  Known known;
   if (warp == CONSUMERS / 32) {
     if (threadIdx.x % 32 == 0) {
       prefetch_map(weights), prefetch_map(x);
@@ -259,14 +287,11 @@ extern "C" __global__ void __launch_bounds__(CONSUMERS + 64)
     }
     __syncwarp();
   } else {
+    if (warp < CONSUMERS / 32) known.read_weights(result, place);
     wait_for_earlier_kernels();
     if (LEAD < 0) let_next_kernel_start();
     if (warp < CONSUMERS / 32) {
-#pragma unroll
-      for (int pass = 0; pass < PASSES; ++pass)
-        if (RESIDUAL && place.inside && place.has(pass, rank, rows))
-          old[pass] = *reinterpret_cast<const uint2*>(
-              out + static_cast<u64>(place.first + pass * ROWS_AT_ONCE) * n_total + place.n);
+      known.read_residual(result, place, rank, rows, n_total);
       consume(s, steps, rows);
     } else if (SCALE) {
       read_scales(s, squares, parts, rows, rank, inverse_size, eps);
@@ -276,7 +301,7 @@ extern "C" __global__ void __launch_bounds__(CONSUMERS + 64)
 #if SPLIT > 1
   cluster_sync();  // every block's sums are there
 #endif
-  if (warp < CONSUMERS / 32) finish(s, result, place, old, tile, rank, rows, n_total);
+  if (warp < CONSUMERS / 32) finish(s, result, place, known, tile, rank, rows, n_total);
 #if SPLIT > 1
   __syncthreads();
   cluster_sync();  // nobody reads them any more

@@ -5,7 +5,7 @@ Shape legend: M rows, K input features, N output features (of one of gate and up
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, lru_cache
 
 import torch
@@ -16,9 +16,6 @@ from nanovllm.kernels.cuda.launch import Kernel, tensor_map
 
 MAX_ROWS = 256
 K_STEP = 64
-BYTES_IN = 90_000  # that a multiprocessor takes in a microsecond,
-BYTES_READ = 32_000  # of them from memory while all read,
-BYTES_SUMMED = 22_000  # and from its cluster
 SHARED_LIMIT = 227 * 1024
 HALF_SHARED = 113 * 1024  # two blocks a multiprocessor
 
@@ -30,6 +27,7 @@ class Tile:
     warpgroups: int
     split: int
     stages: int
+    batch_groups: int = 1  # as many times more warpgroups: they share the rows of x
     lead: int = -1  # stages left to fetch when the next kernel may start
     padded: bool = False  # one block of each of two kernels a multiprocessor
 
@@ -59,22 +57,17 @@ def batch_of(m: int) -> int:
 
 
 def best_tile(m: int, n: int, k: int, gated: bool, processors: int) -> Tile:
-    """The least of a model of the time, whose rates were measured on an H200."""
-    rows, batch = n * (2 if gated else 1), batch_of(m)
-    best, least = Tile(1, 1, 2), 1e9
-    for warpgroups in (1, 2):
-        tiles = -(-rows // (64 * warpgroups))
-        for split in (1, 2, 4, 8):
-            if k < split * 2 * K_STEP:
-                continue
-            blocks = tiles * split
-            share = -(-blocks // processors) if blocks <= 2 * processors else blocks / processors
-            taken_in = (64 * warpgroups + m) * k / split * 2 * share / BYTES_IN
-            summed = 64 * warpgroups * m * 4 * (split - 1) / split * share / BYTES_SUMMED
-            micros = max(taken_in, rows * k * 2 / processors / BYTES_READ) + summed
-            if micros < least:
-                best, least = Tile(warpgroups, split, 0), micros
-    return Tile(best.warpgroups, best.split, stages_of(batch, best))
+    """As measured best on an H200: about as many blocks as multiprocessors."""
+    rows = n * (2 if gated else 1)
+    tiles = -(-rows // 64)
+    if tiles >= 2 * processors:
+        tile = Tile(2, 1, 0)
+    else:
+        split, most = 1, 8 if m <= 32 else 4
+        while split < most and tiles * split * 2 <= processors and k >= split * 4 * K_STEP:
+            split *= 2
+        tile = Tile(1, split, 0, 2 if m > 64 else 1)
+    return replace(tile, stages=stages_of(batch_of(m), tile))
 
 
 def stages_of(batch: int, tile: Tile) -> int:
@@ -91,7 +84,7 @@ def _variant(
 ) -> tuple[Kernel, int]:  # fmt: skip
     scale, bias, gated, residual = flags
     defines = {
-        "WARPGROUPS": tile.warpgroups, "BATCH": batch, "SPLIT": tile.split,
+        "WARPGROUPS": tile.warpgroups, "BATCH": batch, "BATCH_GROUPS": tile.batch_groups, "SPLIT": tile.split,
         "STAGES": tile.stages, "SCALE": int(scale), "BIAS": int(bias), "GATED": int(gated),
         "RESIDUAL": int(residual), "LEAD": tile.lead, "HALF": int(dtype == torch.float16),
     }  # fmt: skip
@@ -104,7 +97,7 @@ def _variant(
     source = (
         (SOURCE_DIR / "many.cu")
         .read_text()
-        .replace("\nWGMMA\n", "\n" + _multiply(batch, dtype) + "\n")
+        .replace("\nWGMMA\n", "\n" + _multiply(batch // tile.batch_groups, dtype) + "\n")
     )
     cubin = compile_cubin(source, "many.cu", defines=defines)
     return Kernel(cubin, "many", "ttiiipiffppppp", device, shared=shared), shared
@@ -175,9 +168,12 @@ def product(
     kernel, shared = _variant(batch, tile, flags, out.dtype, out.device)
     features = 64 * tile.warpgroups // (2 if gated else 1)
     squares = rows.squares if rows else None
+    blocks = -(-n // features)
+    if tile.padded:
+        blocks = max(blocks, -(-_processors(out.device) // tile.split))
     kernel.launch(
-        (tile.split, -(-n // features), 1),
-        128 * tile.warpgroups + 64,
+        (tile.split, blocks, 1),
+        128 * tile.warpgroups * tile.batch_groups + 64,
         [
             _weight_map(weight.data_ptr(), n, k, tile.warpgroups, gated, out.dtype),
             _x_map(source.data_ptr(), m, k, batch, out.dtype),
