@@ -58,6 +58,7 @@ class EngineInfo:
     model: str
     device: str
     dtype: str
+    kv_cache_dtype: str
     choices: dict[str, Choice]
     num_blocks: int
     block_size: int
@@ -144,6 +145,7 @@ def build_engine(config: EngineConfig, tracer: Tracer | None = None) -> Engine:
         model=config.model,
         device=str(platform.device),
         dtype=str(platform.dtype).removeprefix("torch."),
+        kv_cache_dtype=str(platform.cache_dtype).removeprefix("torch."),
         choices=platform.choices,
         block_size=platform.block_size,
         vocab_size=decoder.vocab_size,

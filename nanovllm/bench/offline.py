@@ -18,6 +18,7 @@ import nanovllm
 from nanovllm.bench.roofline import Ceilings, measure_ceilings, work_of
 from nanovllm.bench.workloads import Case
 from nanovllm.build import EngineInfo
+from nanovllm.config import EngineConfig
 from nanovllm.errors import ConfigError, StepError
 from nanovllm.llm import LLM
 from nanovllm.model_files import find_model
@@ -75,8 +76,9 @@ def run_cases(
 ) -> Report:
     """Times every case on one engine. Raises ConfigError if a request does not fit the context."""
     model = registry.read_config(find_model(options["model"]).config)
-    defaults = {"max_model_len": min(DEFAULT_CONTEXT, model.max_position)}
-    with LLM(**(defaults | options)) as llm:
+    options = {"max_model_len": min(DEFAULT_CONTEXT, model.max_position)} | options
+    prefix_caching = EngineConfig.from_kwargs(**options).enable_prefix_caching
+    with LLM(**options) as llm:
         _check_lengths(cases, llm.info.max_model_len)
         dtype: torch.dtype = getattr(torch, llm.info.dtype)
         tell("measuring the machine's ceilings ...")
@@ -85,7 +87,14 @@ def run_cases(
         shifts = itertools.count(0, SHIFT)  # cases may share prompts: no run finds another's cached
         for case in cases:
             tell(f"{case.name} ...")
-            work = work_of(case, model, dtype.itemsize, llm.info.max_num_seqs)
+            work = work_of(
+                case,
+                model,
+                llm.info.max_num_seqs,
+                weight_bytes=dtype.itemsize,
+                cache_bytes=getattr(torch, llm.info.kv_cache_dtype).itemsize,
+                prefix_caching=prefix_caching,
+            )
             results.append(_time_case(llm, case, repeats, shifts, work.seconds(ceilings)))
         return Report(llm.info, ceilings, results)
 

@@ -83,19 +83,27 @@ def layer_parameters(model: DecoderConfig) -> int:
     return model.num_layers * per_layer
 
 
-def work_of(case: Case, model: DecoderConfig, itemsize: int, max_num_seqs: int) -> Work:
-    """Bytes and operations of a case with continuous batching and a perfect prefix cache.
+def work_of(
+    case: Case,
+    model: DecoderConfig,
+    max_num_seqs: int,
+    *,
+    weight_bytes: int,
+    cache_bytes: int,
+    prefix_caching: bool = True,
+) -> Work:
+    """Bytes and operations of a case with continuous batching and a prefix cache, perfect or none.
 
+    weight_bytes and cache_bytes are those of one number, in the weights and in the KV cache.
     Weights are read once per decode step and once for the prompts; keys and values once for each
     token that is generated. Windows of sliding attention are ignored.
     """
     layers, head = layer_parameters(model), model.hidden_size * model.vocab_size
-    kv_bytes = 2 * model.num_layers * model.num_kv_heads * model.head_dim * itemsize
+    kv_bytes = 2 * model.num_layers * model.num_kv_heads * model.head_dim * cache_bytes
     attention_ops = 4 * model.num_layers * model.num_heads * model.head_dim  # a token of context
-    shared = case.shared_prefix * (len(case.requests) - 1)
-    num_prompt = case.num_prompt_tokens - shared
-    squares = sum(len(r.prompt) ** 2 - case.shared_prefix**2 for r in case.requests)
-    squares += case.shared_prefix**2
+    prefix, sharers = case.shared_prefix if prefix_caching else 0, len(case.requests) - 1
+    num_prompt = case.num_prompt_tokens - prefix * sharers
+    squares = sum(len(r.prompt) ** 2 for r in case.requests) - prefix**2 * sharers
     contexts = sum(
         (r.max_tokens - 1) * len(r.prompt) + r.max_tokens * (r.max_tokens - 1) // 2
         for r in case.requests
@@ -104,10 +112,10 @@ def work_of(case: Case, model: DecoderConfig, itemsize: int, max_num_seqs: int) 
     longest = max(request.max_tokens for request in case.requests) - 1
     steps = max(longest, -(-num_decoded // max_num_seqs))
     return Work(
-        prefill_bytes=(layers + head) * itemsize,
+        prefill_bytes=(layers + head) * weight_bytes,
         prefill_ops=2 * layers * num_prompt
         + 2 * head * len(case.requests)
         + attention_ops * squares // 2,
-        decode_bytes=(layers + head) * itemsize * steps + kv_bytes * contexts,
+        decode_bytes=(layers + head) * weight_bytes * steps + kv_bytes * contexts,
         decode_ops=2 * (layers + head) * num_decoded + attention_ops * contexts,
     )

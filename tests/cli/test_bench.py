@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
-from nanovllm.bench import shapes, workloads
+from nanovllm import LLM
+from nanovllm.bench import offline, shapes, workloads
 from nanovllm.bench.offline import run_cases
 from nanovllm.bench.roofline import Ceilings, Work, layer_parameters, work_of
 from nanovllm.bench.table import table
+from nanovllm.build import EngineInfo
+from nanovllm.model_files import find_model
 from nanovllm.models import registry
 
 PARAMETERS = {  # as published, in millions, embeddings included (twice if untied)
@@ -95,19 +100,27 @@ def test_the_roof_by_hand() -> None:
     layers = 4 * 4 + 2 * 4 * 2 + 4 * 4 + 3 * 4 * 5  # q, k and v, o, mlp
     assert layer_parameters(model) == layers
     case = workloads.Case("by hand", (workloads.Request((1, 2, 3), 2),))
-    assert work_of(case, model, 2, 256) == Work(
+    assert work_of(case, model, 256, weight_bytes=2, cache_bytes=2) == Work(
         prefill_bytes=2 * (layers + 40),
         prefill_ops=2 * layers * 3 + 2 * 40 + 4 * 2 * 2 * 9 // 2,
         decode_bytes=2 * (layers + 40) + 2 * 2 * 2 * 4,  # one step over a context of 4
         decode_ops=2 * (layers + 40) + 4 * 2 * 2 * 4,
     )
+    narrow = work_of(case, model, 256, weight_bytes=2, cache_bytes=1)
+    assert narrow.decode_bytes == 2 * (layers + 40) + 2 * 2 * 1 * 4
+    wide = work_of(case, model, 256, weight_bytes=4, cache_bytes=4)
+    assert wide.prefill_bytes == 4 * (layers + 40)
 
 
 def test_a_shared_prefix_is_counted_once() -> None:
     model = registry.read_config(shapes.find_shape("smollm-135m"))
     (case,) = workloads.smollm(2, shared_prefix=384)
-    both = work_of(case, model, 2, 256)
-    alone = work_of(workloads.Case("none", case.requests), model, 2, 256)
+    both = work_of(case, model, 256, weight_bytes=2, cache_bytes=2)
+    alone = work_of(
+        workloads.Case("none", case.requests), model, 256, weight_bytes=2, cache_bytes=2
+    )
+    uncached = work_of(case, model, 256, weight_bytes=2, cache_bytes=2, prefix_caching=False)
+    assert uncached == alone
     assert alone.prefill_ops - both.prefill_ops > 2 * layer_parameters(model) * 384
     assert alone.decode_bytes == both.decode_bytes
 
@@ -115,6 +128,34 @@ def test_a_shared_prefix_is_counted_once() -> None:
 def test_seconds_take_the_larger_limit_of_each_phase() -> None:
     assert Work(10, 100, 20, 40).seconds(Ceilings(read=10, matmul=10)) == 10 + 4
     assert Work(10, 100, 20, 40).seconds(Ceilings(read=1, matmul=100)) == 10 + 20
+
+
+@pytest.mark.parametrize("kind", ["float32", "float8_e4m3fn"])
+def test_the_roof_knows_the_cache_of_the_engine(
+    kind: str, tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With ceilings of one byte a second and any number of operations, seconds are bytes."""
+
+    class Engine(LLM):
+        @property
+        def info(self) -> EngineInfo:
+            return replace(super().info, kv_cache_dtype=kind)
+
+    monkeypatch.setattr(offline, "LLM", Engine)
+    monkeypatch.setattr(offline, "measure_ceilings", lambda *machine: Ceilings(1.0, 1e30))
+    (case,) = workloads.smollm(2, shared_prefix=64)
+    case = case.shortened(0.1)
+    options = {"model": str(tiny), "dtype": "float32", "enable_prefix_caching": False}
+    (result,) = run_cases([case], options, repeats=1).results
+    work = work_of(
+        case,
+        registry.read_config(find_model(str(tiny)).config),
+        max_num_seqs=256,
+        weight_bytes=4,
+        cache_bytes=getattr(torch, kind).itemsize,
+        prefix_caching=False,
+    )
+    assert result.roof == case.num_output_tokens / (work.prefill_bytes + work.decode_bytes)
 
 
 def test_a_run_reports_everything(cli: Any, tiny: Path, tmp_path: Path) -> None:
