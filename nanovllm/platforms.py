@@ -16,6 +16,7 @@ from nanovllm.attention.triton import TritonAttention
 from nanovllm.config import EngineConfig
 from nanovllm.errors import ConfigError
 from nanovllm.kernels import cpu_ops
+from nanovllm.kernels.cuda import build, launch
 from nanovllm.layers.ops import Ops, TorchOps
 from nanovllm.models.config import DecoderConfig
 
@@ -101,6 +102,7 @@ def choose_platform(
     choices = {"ops": ops_choice, "attention": Choice(attention.name, "; ".join(reasons))}
     if device.type == "cuda":
         choices["graphs"] = choose_graphs(config, attention)
+        choices["cuda c++"] = choose_cuda_kernels(device)
     choices["invariant"] = choose_invariance(config, ops, attention)
     cache_dtype = dtype
     if config.kv_cache_dtype == "fp8":
@@ -118,6 +120,14 @@ def choose_graphs(config: EngineConfig, attention: AttentionBackend) -> Choice:
     if not isinstance(attention, TritonAttention):
         return Choice("off", f"the {attention.name} attention backend is not captured")
     return Choice("off", "enforce_eager=True") if config.enforce_eager else Choice("on")
+
+
+def choose_cuda_kernels(device: torch.device) -> Choice:
+    """Whether kernels in CUDA C++ can run on a GPU; everything works without them."""
+    reason = launch.available(device)
+    if reason:
+        return Choice("no", f"{reason}; Triton and cuBLAS take their place")
+    return Choice(f"yes ({build.ARCH})")
 
 
 def choose_invariance(config: EngineConfig, ops: Ops, attention: AttentionBackend) -> Choice:

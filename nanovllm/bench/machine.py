@@ -13,7 +13,10 @@ import torch
 import nanovllm
 from nanovllm.bench.host import cpu_name, cpuinfo, system, usable_cores
 
-PACKAGES = ("torch", "triton", "numpy", "tokenizers", "safetensors", "transformers")
+PACKAGES = (
+    *("torch", "triton", "cuda-bindings", "numpy"),
+    *("tokenizers", "safetensors", "transformers"),
+)
 # Instruction sets that the kernels make use of, in the spelling of /proc/cpuinfo.
 INSTRUCTION_SETS = (
     *("sse4_2", "avx", "avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512_vnni"),

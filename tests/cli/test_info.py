@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
 import nanovllm
+from nanovllm import EngineConfig, platforms
+from nanovllm.bench.inspect import inspect
 from nanovllm.bench.machine import hardware, versions
+from nanovllm.cli.info import report
+from nanovllm.kernels.cuda import launch
 
 
 def test_info_agrees_with_the_engine(cli: Any, tiny: Path) -> None:
@@ -36,6 +42,32 @@ def test_info_obeys_flags(cli: Any, tiny: Path, tmp_path: Path) -> None:
     found = json.loads((tmp_path / "info.json").read_text())
     assert found["choices"]["attention"]["name"] == "torch"
     assert found["dtype"] == "float32"
+
+
+@pytest.mark.parametrize(
+    ("reason", "wanted"),
+    [
+        (None, ["cuda c++   yes (sm_90a)"]),
+        (
+            "the GPU is too old",
+            [
+                "cuda c++   no",
+                "             the GPU is too old",
+                "             Triton and cuBLAS take their place",
+            ],
+        ),
+    ],
+)
+def test_cuda_kernels_are_told_where_there_is_a_gpu(
+    reason: str | None, wanted: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(launch, "available", lambda device: reason)
+    found = inspect(EngineConfig(device="cpu"))
+    assert "cuda c++" not in found.choices
+    choice = platforms.choose_cuda_kernels(torch.device("cuda"))
+    lines = report(replace(found, choices={"cuda c++": asdict(choice)})).splitlines()
+    start = lines.index(wanted[0])
+    assert lines[start : start + len(wanted)] == wanted
 
 
 def test_an_unknown_backend_is_one_line(cli: Any, tiny: Path) -> None:
