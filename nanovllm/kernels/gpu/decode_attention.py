@@ -64,7 +64,9 @@ def num_splits(num_seqs: int, num_kv_heads: int, max_context_len: int) -> int:
 def _decode_tile(
     dim_pad: int, itemsize: int, programs: int, splits: int, *, narrow: bool
 ) -> tuple[int, int, int]:
-    """(keys a tile, warps, stages): measured best at D = 128 in 16 bits; others by their bytes."""
+    """(keys a tile, warps, stages): measured best at D = 128; others by their bytes."""
+    if narrow and dim_pad == 128 and (splits >= 8 or programs > 2 * TARGET_PROGRAMS):
+        return 32, 1, 6
     if narrow:
         return max(16, min(64, 8192 // dim_pad)), 2, 6
     if dim_pad != 128 or itemsize != 2 or programs <= 128:
