@@ -53,7 +53,7 @@ class EngineConfig(Record):
     kv_cache_memory_bytes    exact budget of the KV cache instead
     num_kv_blocks    exact number of blocks instead (tests, simulations)
     kv_cache_dtype   "auto": dtype; "fp8": 8-bit floats (e4m3), twice the tokens in the same
-                     memory at some loss of precision and speed (GPU only)
+                     memory and faster steps, at some loss of precision (GPU only)
     enable_prefix_caching    reuse the KV blocks of equal prefixes
     enforce_eager    never capture CUDA graphs
     batch_invariant  the same bits for a request whatever is computed with it, cached or chunked;
