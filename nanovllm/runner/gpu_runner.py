@@ -9,7 +9,6 @@ Shape legend: T tokens, S rows of the step, L rows that sample, V vocabulary.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -23,6 +22,7 @@ from nanovllm.kernels.gpu import sampling
 from nanovllm.kernels.gpu.prepare import gather_tokens, prepare
 from nanovllm.runner.cuda_graph import TOKEN_BUCKETS, GraphCache, bucket_of, token_bucket_of
 from nanovllm.runner.gpu_forward import GpuForward
+from nanovllm.runner.gpu_inputs import Layout, TokenInputs
 from nanovllm.runner.gpu_invariant import InvariantForward
 from nanovllm.runner.gpu_results import Extras, GpuPending, TokenTails
 from nanovllm.runner.gpu_special import RowSampling, SpecialLines, SpecialRows
@@ -32,28 +32,6 @@ from nanovllm.runner.step_memory import Pending
 
 HEADER = 2  # words before the rows of a single-token step: columns of its tables, and padding
 WORDS_PER_ROW = 8  # row, context, temperature, top-k, top-p, min-p, seed (2)
-
-
-@dataclass(slots=True)
-class _Inputs:
-    """Device views of one upload; lines are the rows that sample, in order, -1 for padding."""
-
-    batch: AttentionBatch
-    token_rows: Tensor  # [T] int32
-    rows: Tensor  # [S] int32
-    columns: Tensor  # [1] int32: of the packed block tables
-    last: Tensor  # [L] int64: index into T of each line's last token
-    lines: Tensor  # [L] int32
-    params: sampling.RowParams  # [L]
-
-
-def _padded(values: NDArray[Any], size: int, fill: int) -> NDArray[Any]:
-    """values at the front of an array of `size`."""
-    if len(values) == size:
-        return values
-    out = np.full(size, fill, values.dtype)
-    out[: len(values)] = values
-    return out
 
 
 def _lines(samples: NDArray[np.bool_]) -> list[int]:
@@ -219,8 +197,17 @@ class GpuModelRunner(ModelRunner):
         if self._graphs is not None and bucket is not None and not prompts:
             return self._captured_tokens(plan, ids, q_lens, samples, *bucket)
         special = self._special_lines(ids[samples])
-        inputs = self._upload_any(ids, q_lens, samples, int(q_lens.sum()), len(ids))
-        residual = self._forward.hidden(self._gather(inputs), inputs.batch, self.kv_cache)
+        layout = Layout(int(q_lens.sum()), len(ids))
+        self._upload_any(layout, ids, q_lens, samples)
+        inputs = layout.views(self._uploader.device_words)
+        context = int((self.rows.num_computed[ids] + q_lens).max())
+        columns = -(-context // self.rows.block_size)
+        batch = AttentionBatch(
+            inputs.cu_q_lens, inputs.context_lens,
+            inputs.tables[: len(ids) * columns].view(len(ids), columns), inputs.slots,
+            inputs.positions, int(q_lens.max()), context, int(q_lens.min()),
+        )  # fmt: skip
+        residual = self._forward.hidden(self._gather(inputs), batch, self.kv_cache)
         prompt = {}
         if prompts:
             prompt = dict(self._prompt_logprobs(plan, self._forward.final_norm(residual)))
@@ -244,21 +231,23 @@ class GpuModelRunner(ModelRunner):
     ) -> GpuPending:
         """A step of few rows, padded to num_tokens and num_rows; sampled or not as a whole."""
         assert self._graphs is not None
-        inputs = self._upload_any(ids, q_lens, samples, num_tokens, num_rows)
-        batch = inputs.batch
-        # Bounds instead of this step's own lengths: the launches must suit any step of the key.
-        batch.max_q_len = num_tokens if num_rows == 1 else num_tokens - 1
-        batch.min_q_len = 2 if num_rows == 1 else 1
-        batch.max_context_len = self.rows.tokens.shape[1]
-        packed, batch.block_tables = batch.block_tables.view(-1), self._tables[:num_rows]
+        layout = Layout(num_tokens, num_rows)
+        self._upload_any(layout, ids, q_lens, samples)
         sampled = bool(samples.any())
         special = self._special_lines(ids[samples])
         kept = self._keep_logits() if special.any else None
 
         def step() -> None:
+            inputs, tables = layout.views(self._uploader.device_words), self._tables[:num_rows]
+            # Bounds instead of this step's own lengths: the launches must suit any step of the key.
+            one = num_rows == 1
+            batch = AttentionBatch(
+                inputs.cu_q_lens, inputs.context_lens, tables, inputs.slots, inputs.positions,
+                num_tokens if one else num_tokens - 1, self.rows.tokens.shape[1], 2 if one else 1,
+            )  # fmt: skip
             prepare(
-                self.rows.tokens, inputs.rows, batch.context_lens, inputs.columns, packed,
-                self._token_ids[:num_rows], batch.block_tables, self.rows.block_size,
+                self.rows.tokens, inputs.rows, inputs.context_lens, inputs.columns, inputs.tables,
+                self._token_ids[:num_rows], tables, self.rows.block_size,
             )  # fmt: skip
             residual = self._forward.hidden(self._gather(inputs), batch, self.kv_cache)
             if sampled:
@@ -275,62 +264,24 @@ class GpuModelRunner(ModelRunner):
         download = self._downloader.send(self._choice[: 2 * num_rows])
         return GpuPending(plan, download, num_rows, _lines(samples), extras)
 
-    def _gather(self, inputs: _Inputs) -> Tensor:
-        token_ids = torch.empty_like(inputs.batch.positions)
+    def _gather(self, inputs: TokenInputs) -> Tensor:
+        token_ids = torch.empty_like(inputs.positions)
         gather_tokens(
-            self.rows.tokens, inputs.token_rows, inputs.batch.positions,
-            inputs.batch.slot_mapping, token_ids,
-        )  # fmt: skip
+            self.rows.tokens, inputs.token_rows, inputs.positions, inputs.slots, token_ids
+        )
         return token_ids
 
     def _upload_any(
         self,
+        layout: Layout,
         ids: NDArray[np.int64],
         q_lens: NDArray[np.int64],
         samples: NDArray[np.bool_],
-        num_tokens: int,
-        num_rows: int,
-    ) -> _Inputs:
-        """One upload; where each view lies depends on num_tokens and num_rows alone."""
-        s, rows, n = self._sampling, self.rows, len(ids)
-        starts = rows.num_computed[ids]
-        context = starts + q_lens
-        cu = np.zeros(n + 1, np.int64)
-        np.cumsum(q_lens, out=cu[1:])
-        row_of_token = np.repeat(ids, q_lens)
-        positions = np.arange(cu[-1]) + np.repeat(starts - cu[:-1], q_lens)
-        size = rows.block_size
-        slots = rows.block_tables[row_of_token, positions // size].astype(np.int64) * size
-        columns = -(-int(context.max()) // size)
-        lines = ids[samples]
-        views = self._uploader.send_arrays(
-            [
-                _padded(slots + positions % size, num_tokens, -1),
-                _padded(positions, num_tokens, 0),
-                _padded(cu[1:][samples] - 1, num_rows, 0),
-                _padded(s.seed[lines], num_rows, 0),
-                _padded(row_of_token.astype(np.int32), num_tokens, 0),
-                _padded(cu.astype(np.int32), num_rows + 1, int(cu[-1])),
-                _padded(context.astype(np.int32), num_rows, 0),
-                _padded(context[samples].astype(np.int32), num_rows, 0),
-                _padded(s.top_k[lines], num_rows, 0),
-                *(_padded(values, num_rows, 0) for values in s.floats[:, lines]),
-                _padded(lines.astype(np.int32), num_rows, -1),
-                _padded(ids.astype(np.int32), num_rows, -1),
-                np.array([columns], np.int32),
-                rows.block_tables[ids, :columns],
-            ]
-        )
-        slot_mapping, at, last, seed, token_rows, cu_q, context_lens = views[:7]
-        position, top_k, temperature, top_p, min_p, line_rows, row_ids, width, tables = views[7:]
-        batch = AttentionBatch(
-            cu_q, context_lens, tables, slot_mapping, at, int(q_lens.max()), int(context.max()),
-            int(q_lens.min()),
-        )  # fmt: skip
-        params = sampling.RowParams(temperature, seed, position, top_k, top_p, min_p)
-        return _Inputs(batch, token_rows, row_ids, width, last, line_rows, params)
+    ) -> None:
+        words = self._uploader.begin()
+        self._uploader.send(layout.pack(words, self.rows, self._sampling, ids, q_lens, samples))
 
-    def _choose_plain(self, logits: Tensor, inputs: _Inputs, n: int, restricted: bool) -> None:
+    def _choose_plain(self, logits: Tensor, inputs: TokenInputs, n: int, restricted: bool) -> None:
         """Chooses for the first n lines, without the host's help."""
         sampling.choose(
             logits, inputs.params, self._workspace, self._choice[:n], self._choice[n : 2 * n],
@@ -341,9 +292,8 @@ class GpuModelRunner(ModelRunner):
 
     def _wants_prompt_logprobs(self, ids: NDArray[np.int64]) -> bool:
         """Whether a row that still computes its prompt reports on it."""
-        in_prompt = ids[self.rows.num_computed[ids] < self.rows.num_prompt[ids]]
-        params = (self.rows.params[row] for row in in_prompt.tolist())
-        return any(p is not None and p.prompt_logprobs is not None for p in params)
+        in_prompt = self.rows.num_computed[ids] < self.rows.num_prompt[ids]
+        return bool((in_prompt & self._sampling.prompt_logprobs[ids]).any())
 
     def _special_lines(self, ids: NDArray[np.int64]) -> SpecialLines:
         """Of the rows [L] that sample, in the order of their lines; call before the step runs."""

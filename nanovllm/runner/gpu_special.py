@@ -41,18 +41,20 @@ class RowSampling:
         self.changed_below = np.zeros(num_rows, np.int64)  # nor while it has fewer tokens
         self.structured = np.zeros(num_rows, bool)
         self.num_logprobs = np.full(num_rows, -1, np.int64)  # -1: none are wanted
+        self.prompt_logprobs = np.zeros(num_rows, bool)
 
     def start(self, new: NewRow) -> None:
         row, p = new.row, new.params
         temperature = 0.0 if p.greedy else max(p.temperature, MIN_TEMPERATURE)
         self.floats[:, row] = temperature, p.top_p, p.min_p
         self.top_k[row] = max(0, p.top_k)
-        self.seed[row] = np.uint64(new.seed & (2**64 - 1)).astype(np.int64)
+        self.seed[row] = (new.seed + 2**63) % 2**64 - 2**63
         self.restricted[row] = p.restricted
         self.changed[row] = _changes_logits(p)
         self.changed_below[row] = new.num_prompt_tokens + p.min_tokens if p.min_tokens else 0
         self.structured[row] = p.structured_output is not None
         self.num_logprobs[row] = -1 if p.logprobs is None else p.logprobs
+        self.prompt_logprobs[row] = p.prompt_logprobs is not None
 
     def special(self, rows: NDArray[np.int64], num_tokens: NDArray[np.int64]) -> NDArray[np.bool_]:
         """Which of rows [n] change their logits when they have num_tokens [n] tokens."""
@@ -111,19 +113,25 @@ class SpecialRows:
         self._rows, self._sampling = rows, sampling_of
         self._stop_ids = stop_ids
         self._bad_words = bad_words
-        self._entries: dict[int, tuple[_Entries, _Entries]] = {}  # with and without min_tokens
+        # With and without min_tokens; made when a step first asks.
+        self._entries: dict[int, tuple[_Entries, _Entries]] = {}
         self._scratch: Tensor | None = None
         self._counts: Tensor | None = None
         self._workspace: sampling.Workspace | None = None
 
     def start(self, new: NewRow) -> None:
         """A sequence enters a row."""
-        p = new.params
+        self._entries.pop(new.row, None)
+
+    def _entries_of(self, row: int, p: SamplingParams) -> tuple[_Entries, _Entries]:
+        if row in self._entries:
+            return self._entries[row]
         entries = dict(p.logit_bias or {})
         if p.allowed_token_ids is not None:
             entries = {token: entries.get(token, 0.0) for token in p.allowed_token_ids}
         ends = dict.fromkeys((*self._stop_ids, *(p.stop_token_ids or ())), float("-inf"))
-        self._entries[new.row] = _Entries.of(entries | ends), _Entries.of(entries)
+        found = self._entries[row] = _Entries.of(entries | ends), _Entries.of(entries)
+        return found
 
     def choose(self, logits: Tensor, special: SpecialLines, choice: Tensor) -> dict[int, str]:
         """Chooses again for the lines of logits [L, V] that change them.
@@ -188,7 +196,7 @@ class SpecialRows:
         """(index into n, token, bias) [E] of all tokens with a bias."""
         num_output = self._rows.num_tokens[rows] - self._rows.num_prompt[rows]
         found = [
-            self._entries[int(row)][int(num >= p.min_tokens)]
+            self._entries_of(int(row), p)[int(num >= p.min_tokens)]
             for row, num, p in zip(rows, num_output, params, strict=True)
         ]
         counts = [len(entries.tokens) for entries in found]

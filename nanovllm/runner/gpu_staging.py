@@ -48,19 +48,9 @@ class Uploader:
         slot.event.record()
         self._next = (self._next + 1) % RING
 
-    def send_arrays(self, arrays: Sequence[NDArray[np.generic]]) -> list[Tensor]:
-        """Uploads arrays of 4 or 8 bytes an element in one copy; returns their device views.
-
-        The views are overwritten by the next upload, in stream order.
-        """
-        spans = _spans(arrays)
-        _pack(arrays, spans, self.begin())
-        self.send(spans[-1][1])
-        return _views(arrays, spans, self.device_words)
-
 
 def upload(arrays: Sequence[NDArray[np.generic]], device: torch.device) -> list[Tensor]:
-    """As `Uploader.send_arrays`, to memory of its own and of any size; does not wait."""
+    """Copies arrays of 4 or 8 bytes an element at once, without a wait; returns device views."""
     spans = _spans(arrays)
     pinned = device.type == "cuda"
     host = torch.empty(spans[-1][1], dtype=torch.int32, pin_memory=pinned)

@@ -9,6 +9,8 @@ Shape legend: R rows, N columns of the block table, C context length.
 
 from __future__ import annotations
 
+from array import array
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -62,10 +64,10 @@ class RowState:
         self.block_tables[row, : len(new.block_ids)] = new.block_ids
         self.seeds[row] = new.seed & (2**64 - 1)
         self.params[row] = new.params
-        known = torch.tensor(new.token_ids, dtype=torch.int32)
+        known = torch.frombuffer(array("i", new.token_ids), dtype=torch.int32)
         if self.tokens.is_cuda:  # from pageable memory the copy would wait for the steps before
             known = known.pin_memory()
-        self.tokens[row, : len(new.token_ids)].copy_(known, non_blocking=True)
+        self.tokens[row][: len(known)].copy_(known, non_blocking=True)
 
     def advance(self, plan: StepPlan) -> None:
         """Counts the plan's tokens as computed, and its samples as existing."""
