@@ -1,45 +1,50 @@
-"""Checks and times the CUDA C++ products: each alone over its tiles, and the chain of a layer.
+"""Checks and times the CUDA C++ products in the chain of a layer, attention left out.
 
-    python benchmarks/gpu_products.py [check] [few] [many] [chain] [--json FILE]
+    python benchmarks/gpu_products.py [check] [chain] [tune] [--rows 1 8 32 128] [--json FILE]
 
-Times are microseconds by CUDA graph replay over weights that the L2 cache cannot hold; "roof" is
+`chain` compares ways to compute a layer's four products with the norms, sums and activation around
+them; `tune` tries tiles of `many` one product after the other, in that chain. Times are
+microseconds a layer by CUDA graph replay over weights that the L2 cache cannot hold; "roof" is
 the weights' bytes at 4.3 TB/s.
 """
 
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
 import statistics
 import sys
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from nanovllm.kernels.cuda import few, many
-from nanovllm.kernels.gpu import linear, products, rowwise
+from nanovllm.kernels.gpu import linear, rowwise
 
 CUDA = torch.device("cuda", 0)
 BF16 = torch.bfloat16
-VOCAB = 151936
 ROOF = 4.3e6  # bytes a microsecond
-SHAPES = {  # hidden, intermediate, layers, heads, KV heads
-    "0.6B": (1024, 3072, 28, 16, 8),
-    "1.7B": (2048, 6144, 28, 16, 8),
-    "4B": (2560, 9728, 36, 32, 8),
-    "8B": (4096, 12288, 36, 32, 8),
+EPS = 1e-6
+SHAPES = {  # hidden, intermediate, heads, KV heads
+    "0.6B": (1024, 3072, 16, 8),
+    "1.7B": (2048, 6144, 16, 8),
+    "4B": (2560, 9728, 32, 8),
+    "8B": (4096, 12288, 32, 8),
 }
-CHANGES = [{"lead": lead, "padded": padded} for padded in (False, True) for lead in (-1, 0, 3, 999)]
+PRODUCTS = ("qkv", "o", "gate_up", "down")
 RESULTS: list[dict[str, object]] = []
+Tiles = dict[str, many.Tile]
 
 
-def graph_time(run, count: int) -> float:
+def graph_time(run: Callable[[], None], count: int) -> float:
     """Microseconds of one of the `count` equal pieces of run(), by graph replay; median of 7."""
     run()
     torch.cuda.synchronize()
@@ -65,341 +70,199 @@ def report(table: str, micros: float, roof: float, **what: object) -> None:
     print(f"{table:6s} {micros:8.2f} us  roof {roof:7.2f}  {words}", flush=True)
 
 
-def tried(call, *args, **kwargs):
-    try:
-        return call(*args, **kwargs)
-    except Exception as error:
-        print(f"       {type(error).__name__}: {str(error)[:200]}", args[1:], kwargs, flush=True)
-        return None
-
-
-def random(*shape: int, scale: float = 1.0) -> torch.Tensor:
+def random(*shape: int, scale: float = 1.0) -> Tensor:
     return (torch.randn(*shape, device=CUDA) * scale).to(BF16)
 
 
-def norm_of(x, weight, eps=1e-6):
-    x = x.double()
-    return x / (x.square().mean(-1, keepdim=True) + eps).sqrt() * weight.double()
+# --- correctness -------------------------------------------------------------------------------
 
 
-def relative_error(found, wanted) -> float:
+def relative_error(found: Tensor, wanted: Tensor) -> float:
     return float((found.double() - wanted.double()).norm() / wanted.double().norm())
 
 
-def check_few(m: int, n: int, k: int, gated: bool, norm: bool, bias: bool, residual: bool) -> None:
-    x, w = random(m, k), random(n * (2 if gated else 1), k, scale=k**-0.5)
-    g = random(k) if norm else None
-    b = random(n) if bias else None
-    r = random(m, n) if residual else None
-    out = r.clone() if residual else torch.full((m, n), float("nan"), dtype=BF16, device=CUDA)
-    want = (norm_of(x, g) if norm else x.double()) @ w.double().T
+def wanted(x: Tensor, w: Tensor, norm: Tensor | None, gated: bool) -> Tensor:
+    x = x.double()
+    if norm is not None:
+        x = x / (x.square().mean(-1, keepdim=True) + EPS).sqrt() * norm.double()
+    out = x @ w.double().T
     if gated:
-        gate, up = want.chunk(2, -1)
-        want = F.silu(gate) * up
-    if bias:
-        want = want + b.double()
-    if residual:
-        want = want + r.double()
-    few.product(x, w, out, norm=g, eps=1e-6, bias=b, gated=gated,
-                residual=out if residual else None)  # fmt: skip
-    torch.cuda.synchronize()
-    error = relative_error(out, want)
-    print(f"few  M={m} N={n} K={k} {gated=} {norm=} {bias=} {residual=}: {error:.2e}"
-          f"{'' if error < 1.5e-2 else '   WRONG'}", flush=True)  # fmt: skip
-
-
-def check_many(m: int, n: int, k: int, kind: str, tile: many.Tile | None) -> None:
-    gated, residual, scale = kind == "gated", kind == "residual", kind in ("gated", "scale")
-    x, w = random(m, k), random(n * (2 if gated else 1), k, scale=k**-0.5)
-    g, b = random(k), random(n) if kind == "bias" else None
-    source = x
-    if scale:
-        parts = x.float().square().view(m, 4, -1).sum(-1).T.contiguous()
-        source = many.Rows((x.float() * g.float()).to(BF16), parts)
-    want = (norm_of(x, g) if scale else x.double()) @ w.double().T
-    if gated:
-        gate, up = want.chunk(2, -1)
-        want = F.silu(gate) * up
-    if b is not None:
-        want = want + b.double()
-    out = torch.full((m, n), float("nan"), dtype=BF16, device=CUDA)
-    after, next_norm = None, None
-    if residual:
-        out = random(m, n)
-        want = want + out.double()
-        next_norm = random(n)
-        after = many.new_rows(m, n, out, (tile or many.best_tile(m, n, k, False, 132)).warpgroups)
-    many.product(source, w, out, eps=1e-6, bias=b, gated=gated, norm=next_norm, after=after,
-                 tile=tile)  # fmt: skip
-    torch.cuda.synchronize()
-    errors = [relative_error(out, want)]
-    if after is not None:
-        errors.append(relative_error(after.scaled, out.double() * next_norm.double()))
-        errors.append(relative_error(after.squares.sum(0), out.double().square().sum(-1)))
-    words = " ".join(f"{error:.1e}" for error in errors)
-    bad = not all(error < 1.5e-2 for error in errors)
-    print(f"many M={m} N={n} K={k} {kind} {tile}: {words}{'   WRONG' if bad else ''}", flush=True)
+        gate, up = out.chunk(2, -1)
+        out = F.silu(gate) * up
+    return out
 
 
 def check() -> None:
-    for m, gated, norm, bias, residual in [
-        (1, False, True, False, False), (1, True, True, False, False), (3, False, False, True, True),
-        (8, False, True, True, False), (11, True, True, False, False), (16, False, False, False, True),
-    ]:  # fmt: skip
-        for n, k in ((4096, 1024), (1024, 3072), (200, 896), (4096, 4096)):
-            tried(check_few, m, n, k, gated, norm, bias, residual)
-    for m in (5, 33, 64, 100, 200, 256):
-        for kind in ("plain", "scale", "gated", "residual", "bias"):
-            tried(check_many, m, 1024, 1024, kind, None)
-    for warpgroups, split, groups in itertools.product((1, 2), (1, 2, 4, 8), (1, 2)):
-        for kind in ("scale", "gated", "residual"):
-            tile = many.Tile(
-                warpgroups, split, many.stages_of(112, many.Tile(warpgroups, split, 0))
+    """Every kind of product at a few shapes; tests/kernels has the rest."""
+    errors = {}
+    for m, n, k, gated in [(1, 4096, 1024, False), (8, 200, 896, True), (5, 1024, 3072, False)]:
+        x, w, norm = random(m, k), random(n * (1 + gated), k, scale=k**-0.5), random(k)
+        out = few.product(x, w, torch.empty_like(random(m, n)), norm=norm, eps=EPS, gated=gated)
+        errors["few", m, n, k, gated] = relative_error(out, wanted(x, w, norm, gated))
+    for m in (9, 64, 100, 256):
+        x, w, norm = random(m, 1024), random(4096, 1024, scale=1 / 32), random(1024)
+        rows = many.Rows((x.float() * norm).to(BF16), x.float().square().sum(-1)[None])
+        for gated in (False, True):
+            out = random(m, len(w) // (1 + gated))
+            many.product(rows, w, out, eps=EPS, gated=gated)
+            errors["many", m, gated] = relative_error(out, wanted(x, w, norm, gated))
+        residual, other = random(m, 1024), random(1024, 1024, scale=1 / 32)
+        want = residual.double() + wanted(x, other, None, False)
+        after = many.add(residual, x, other, norm)
+        errors["add", m] = relative_error(residual, want)
+        errors["scaled", m] = relative_error(after.scaled, residual.double() * norm.double())
+        squares = residual.double().square().sum(-1)
+        errors["squares", m] = relative_error(after.squares.sum(0), squares)
+    for what, error in errors.items():
+        print(f"{error:.1e}{'' if error < 1.5e-2 else '   WRONG'}  {what}")
+
+
+# --- the chain of a layer ----------------------------------------------------------------------
+
+
+@dataclass
+class Chain:
+    """Weights of some layers, and activations of `rows` rows."""
+
+    shapes: dict[str, tuple[int, int]]  # out and in; of one of gate and up
+    layers: list[dict[str, Tensor]]
+    norm: Tensor
+    rows: int = 0
+
+    @classmethod
+    def of(cls, name: str, num_layers: int = 20) -> Chain:
+        hidden, inter, heads, groups = SHAPES[name]
+        shapes = {
+            "qkv": ((heads + 2 * groups) * 128, hidden), "o": (hidden, heads * 128),
+            "gate_up": (inter, hidden), "down": (hidden, inter),
+        }  # fmt: skip
+        layers = [
+            {p: random(n * (1 + (p == "gate_up")), k, scale=0.02) for p, (n, k) in shapes.items()}
+            for _ in range(num_layers)
+        ]
+        return cls(shapes, layers, random(hidden))
+
+    def with_rows(self, rows: int) -> Chain:
+        self.rows = rows
+        self.residual = random(rows, self.shapes["o"][0])
+        self.attended = random(rows, self.shapes["o"][1])
+        self.qkv, self.active = (random(rows, self.shapes[p][0]) for p in ("qkv", "gate_up"))
+        return self
+
+    @property
+    def roof(self) -> float:
+        return sum(w.numel() * 2 for w in self.layers[0].values()) / ROOF
+
+    def time(self, way: Callable[..., None], *args: object) -> float:
+        def run() -> None:
+            way(*args)
+
+        return graph_time(run, len(self.layers))
+
+    def by_cublas(self) -> None:
+        x, norm = self.residual, partial(rowwise.rms_norm, weight=self.norm, eps=EPS, pdl=True)
+        for w in self.layers:
+            F.linear(norm(x), w["qkv"])
+            x.addmm_(self.attended, w["o"].t())
+            both = F.linear(norm(x), w["gate_up"])
+            x.addmm_(rowwise.silu_mul(both, pdl=True), w["down"].t())
+
+    def by_rows(self, product: Callable[..., Tensor]) -> None:
+        """By few.product or linear.linear, which take the norm along."""
+        x, norm = self.residual, {"norm": self.norm, "eps": EPS, "pdl": True}
+        for w in self.layers:
+            product(x, w["qkv"], self.qkv, **norm)
+            product(self.attended, w["o"], x, residual=x, pdl=True)
+            product(x, w["gate_up"], self.active, gated=True, **norm)
+            product(self.active, w["down"], x, residual=x, pdl=True)
+
+    def by_many(self, tiles: Tiles) -> None:
+        x, norm = self.residual, self.norm
+        rows = many.Rows(x, x.float().square().sum(-1)[None])
+        for w in self.layers:
+            many.product(rows, w["qkv"], self.qkv, eps=EPS, tile=tiles["qkv"])
+            rows = many.add(x, self.attended, w["o"], norm, tile=tiles["o"])
+            many.product(
+                rows, w["gate_up"], self.active, eps=EPS, gated=True, tile=tiles["gate_up"]
             )
-            tried(check_many, 100, 520, 1536, kind, tile)
+            rows = many.add(x, self.active, w["down"], norm, tile=tiles["down"])
+
+    def best_tiles(self) -> Tiles:
+        return {
+            p: many.best_tile(self.rows, n, k, p == "gate_up", 132)
+            for p, (n, k) in self.shapes.items()
+        }
 
 
-def layer_products(name: str):
-    hidden, inter, _, heads, groups = SHAPES[name]
-    return {
-        "qkv": ((heads + 2 * groups) * 128, hidden), "o": (hidden, heads * 128),
-        "gate_up": (inter, hidden), "down": (hidden, inter),
-    }  # fmt: skip
-
-
-def weights_of(n: int, k: int) -> list[torch.Tensor]:
-    copies = max(2, min(28, (256 << 20) // (n * k * 2)))
-    return [random(n, k, scale=0.02) for _ in range(copies)]
-
-
-def few_tiles(n, k, gated):
-    base = few.best_tile(n, k, gated, 132)
-    yield base
-    for lead, padded in ((0, False), (3, False), (-1, True), (0, True)):
-        yield replace(base, lead=lead, padded=padded)
-    for groups in (2, 4, 6, 8):
-        if groups != base.groups:
-            yield replace(base, groups=groups, stages=5)
-    if k % 512 == 0:
-        yield few.Tile(base.groups, 512, 8, min(12, base.stages * 2))
-
-
-def bench_few() -> None:
-    for name in SHAPES:
-        shapes = {**layer_products(name), "head": (VOCAB, SHAPES[name][0])}
-        for product, (n, k) in shapes.items():
-            gated, residual = product == "gate_up", product in ("o", "down")
-            weights = weights_of(n * (2 if gated else 1), k)
-            roof = n * (2 if gated else 1) * k * 2 / ROOF
-            g = random(k)
-            for m in (1, 8, 16):
-                x, out = random(m, k), random(m, n)
-
-                def library(x=x, weights=weights):
-                    for w in weights:
-                        F.linear(x, w)
-
-                report("few", graph_time(library, len(weights)), roof, shape=name, product=product,
-                       M=m, by="cuBLAS")  # fmt: skip
-                for tile in few_tiles(n, k, gated) if m != 16 else [None]:
-
-                    def ours(tile=tile, x=x, out=out, g=g, weights=weights, gated=gated,
-                             residual=residual):  # fmt: skip
-                        for w in weights:
-                            few.product(x, w, out, norm=None if residual else g, eps=1e-6,
-                                        gated=gated, residual=out if residual else None,
-                                        tile=tile)  # fmt: skip
-
-                    micros = tried(graph_time, ours, len(weights))
-                    if micros:
-                        report("few", micros, roof, shape=name, product=product, M=m, tile=tile)
-
-
-def bench_many(sizes: list[int]) -> None:
-    for name in SHAPES:
-        shapes = {**layer_products(name), "head": (VOCAB, SHAPES[name][0])}
-        for product, (n, k) in shapes.items():
-            gated, residual = product == "gate_up", product in ("o", "down")
-            weights = weights_of(n * (2 if gated else 1), k)
-            roof = n * (2 if gated else 1) * k * 2 / ROOF
-            for m in sizes:
-                x, out, g = random(m, k), random(m, n), random(n)
-                squares = x.float().square().sum(-1).view(1, m)
-                rows = many.Rows(x, squares)
-                jobs = []
-                for warpgroups, split in itertools.product((1, 2), (1, 2, 4, 8)):
-                    if k // 64 < 2 * split or (product == "head" and split > 1):
-                        continue
-                    tile = many.Tile(warpgroups, split, 0)
-                    stages = many.stages_of(many.batch_of(m), tile)
-                    jobs += [
-                        many.Tile(warpgroups, split, stages, groups)
-                        for groups in (1, 2, 4)
-                        if warpgroups * groups <= 4 and many.batch_of(m) // groups >= 32
-                    ]
-
-                def library(x=x, weights=weights):
-                    for w in weights:
-                        F.linear(x, w)
-
-                found = [(graph_time(library, len(weights)), "cuBLAS")]
-                for tile in jobs:
-                    after = many.new_rows(m, n, out, tile.warpgroups) if residual else None
-
-                    def ours(tile=tile, after=after, x=x, out=out, g=g, rows=rows, weights=weights,
-                             gated=gated, residual=residual):  # fmt: skip
-                        for w in weights:
-                            many.product(x if residual else rows, w, out, eps=1e-6, gated=gated,
-                                         norm=g, after=after, tile=tile)  # fmt: skip
-
-                    micros = tried(graph_time, ours, len(weights))
-                    if micros:
-                        found.append((micros, tile))
-                best = many.best_tile(m, n, k, gated, 132)
-                for micros, tile in sorted(found, key=lambda item: item[0]):
-                    note = "chosen" if tile == best else ""
-                    report("many", micros, roof, shape=name, product=product, M=m, tile=tile,
-                           note=note)  # fmt: skip
-
-
-def bench_chain() -> None:
-    """The four products of a layer with what joins them, attention left out."""
-    for name, (hidden, inter, layers, heads, _) in SHAPES.items():
-        layers = min(layers, 20)
-        shapes = layer_products(name)
-        blocks = [
-            {p: random(n * (2 if p == "gate_up" else 1), k, scale=0.02)
-             for p, (n, k) in shapes.items()} for _ in range(layers)
-        ]  # fmt: skip
-        roof = sum(w.numel() * 2 for w in blocks[0].values()) / ROOF
-        g = random(hidden)
-        workspace = products.Workspace(CUDA)
-        for m in (1, 2, 4, 8, 16, 32, 64, 96, 128, 192, 256):
-            residual, attended = random(m, hidden), random(m, heads * 128)
-            qkv = random(m, shapes["qkv"][0])
-            active = random(m, inter)
-
-            def library(m=m, residual=residual, attended=attended, blocks=blocks, g=g):
-                for b in blocks:
-                    F.linear(rowwise.rms_norm(residual, g, 1e-6, pdl=True), b["qkv"])
-                    residual.addmm_(attended, b["o"].t())
-                    both = F.linear(rowwise.rms_norm(residual, g, 1e-6, pdl=True), b["gate_up"])
-                    residual.addmm_(rowwise.silu_mul(both, pdl=True), b["down"].t())
-
-            def triton_few(residual=residual, attended=attended, qkv=qkv, active=active, g=g,
-                           blocks=blocks, call=linear.linear, change=None):  # fmt: skip
-                def tile(p):
-                    if change is None:
-                        return None
-                    return replace(few.best_tile(*shapes[p], p == "gate_up", 132), **change)
-
-                for b in blocks:
-                    call(residual, b["qkv"], qkv, norm=g, eps=1e-6, pdl=True, tile=tile("qkv"))  # fmt: skip
-                    call(attended, b["o"], residual, residual=residual, pdl=True, tile=tile("o"))  # fmt: skip
-                    call(residual, b["gate_up"], active, norm=g, eps=1e-6, gated=True, pdl=True,
-                         tile=tile("gate_up"))  # fmt: skip
-                    call(active, b["down"], residual, residual=residual, pdl=True,
-                         tile=tile("down"))  # fmt: skip
-
-            def triton_some(residual=residual, attended=attended, qkv=qkv, active=active, g=g,
-                            blocks=blocks):  # fmt: skip
-                for b in blocks:
-                    normed = rowwise.rms_norm(residual, g, 1e-6, pdl=True)
-                    products.product(normed, b["qkv"], qkv, workspace, pdl=True)
-                    products.product(attended, b["o"], residual, workspace, residual=residual,
-                                     pdl=True)  # fmt: skip
-                    normed = rowwise.rms_norm(residual, g, 1e-6, pdl=True)
-                    products.product(normed, b["gate_up"], active, workspace, gated=True, pdl=True)
-                    products.product(active, b["down"], residual, workspace, residual=residual,
-                                     pdl=True)  # fmt: skip
-
-            def ours_many(change, m=m, residual=residual, attended=attended, qkv=qkv, active=active,
-                          g=g, blocks=blocks, shapes=shapes):  # fmt: skip
-                def tile(p):
-                    best = many.best_tile(m, *shapes[p], p == "gate_up", 132)
-                    return replace(best, **change)
-
-                def room(p):
-                    return many.new_rows(m, residual.shape[1], residual, tile(p).warpgroups)
-
-                rows = many.Rows(residual, residual.float().square().sum(-1).view(1, m))
-
-                for b in blocks:
-                    many.product(rows, b["qkv"], qkv, eps=1e-6, tile=tile("qkv"))  # fmt: skip
-                    rows = room("o")
-                    many.product(attended, b["o"], residual, norm=g, after=rows, tile=tile("o"))  # fmt: skip
-                    many.product(rows, b["gate_up"], active, eps=1e-6, gated=True,
-                                 tile=tile("gate_up"))  # fmt: skip
-                    rows = room("down")
-                    many.product(active, b["down"], residual, norm=g, after=rows,
-                                 tile=tile("down"))  # fmt: skip
-
-            ways = {"cuBLAS": library}
+def bench_chain(names: list[str], sizes: list[int]) -> None:
+    for name in names:
+        chain = Chain.of(name)
+        for m in sizes:
+            chain.with_rows(m)
+            ways = {"cuBLAS": (chain.by_cublas,)}
             if m <= 8:
-                ways["triton few"] = triton_few
-            if 4 <= m <= 128 and hidden <= 1024:
-                ways["triton some"] = triton_some
-            if m <= 16:
-                for change in CHANGES:
-                    ways[f"few {change}"] = lambda c=change: triton_few(call=few.product, change=c)
-            if m >= 8:
-                for change in CHANGES:
-                    ways[f"many {change}"] = lambda c=change: ours_many(c)
-            for way, run in ways.items():
-                micros = tried(graph_time, run, layers)
-                if micros:
-                    report("chain", micros, roof, shape=name, M=m, by=way)
+                ways["linear"] = (chain.by_rows, linear.linear)
+                ways["few"] = (chain.by_rows, few.product)
+            if m >= 2:
+                ways["many"] = (chain.by_many, chain.best_tiles())
+            for by, way in ways.items():
+                report("chain", chain.time(*way), chain.roof, shape=name, M=m, by=by)
 
 
-def compile_all(sizes: list[int], sweep: bool) -> None:
-    """Every variant at once, so that no timing waits for the compiler."""
-    jobs = []
+def candidates(chain: Chain, product: str) -> list[many.Tile]:
+    k = chain.shapes[product][1]
+    return [
+        many.Tile(split, groups, lead)
+        for split in (1, 2, 4, 8)
+        for groups in (1, 2)
+        for lead in (0, many.AT_ONCE)
+        if k >= 2 * split * many.K_STEP and many.batch_of(chain.rows) // groups % 8 == 0
+    ]
+
+
+def compile_tiles(chain: Chain) -> None:
+    """All candidates at once, so that no timing waits for the compiler."""
     with ThreadPoolExecutor(16) as pool:
-        for name in SHAPES:
-            for p, (n, k) in {**layer_products(name), "head": (VOCAB, SHAPES[name][0])}.items():
-                gated, residual = p == "gate_up", p in ("o", "down")
-                flags = (not residual, False, gated, residual)
-                for rows in (8, 16) if sweep else ():
-                    for tile in few_tiles(n, k, gated):
-                        jobs.append(
-                            pool.submit(few._variant, n, k, rows, tile, flags, BF16, CUDA, 132)
-                        )
-                for m, warpgroups, split in itertools.product(
-                    sizes if sweep else (), (1, 2), (1, 2, 4, 8)
-                ):
-                    batch = many.batch_of(m)
-                    stages = many.stages_of(batch, many.Tile(warpgroups, split, 0))
-                    for groups in (1, 2, 4):
-                        if warpgroups * groups <= 4 and batch // groups >= 32:
-                            tile = many.Tile(warpgroups, split, stages, groups)
-                            jobs.append(pool.submit(many._variant, batch, tile, flags, BF16, CUDA))
-                for m, change in itertools.product(sizes, CHANGES):
-                    tile = replace(many.best_tile(m, n, k, gated, 132), **change)
-                    batch = many.batch_of(m)
-                    jobs.append(pool.submit(many._variant, batch, tile, flags, BF16, CUDA))
-                for rows, change in itertools.product((8, 16), CHANGES):
-                    tile = replace(few.best_tile(n, k, gated, 132), **change)
-                    jobs.append(pool.submit(few._variant, n, k, rows, tile, flags, BF16, CUDA, 132))
-    failed = [str(job.exception())[:300] for job in jobs if job.exception()]
-    print(f"{len(jobs)} variants, {len(failed)} failed {set(failed)}", flush=True)
+        for product in PRODUCTS:
+            flags = (product in ("qkv", "gate_up"), False, product == "gate_up",
+                     product in ("o", "down"))  # fmt: skip
+            for tile in candidates(chain, product):
+                batch = many.batch_of(chain.rows)
+                pool.submit(many._variant, batch, tile, flags, CUDA)
+
+
+def tune(names: list[str], sizes: list[int]) -> None:
+    """Coordinate descent: twice over the products, the best tile of each in the chain."""
+    for name in names:
+        chain = Chain.of(name)
+        for m in sizes:
+            compile_tiles(chain.with_rows(m))
+            tiles = chain.best_tiles()
+            start = best = chain.time(chain.by_many, tiles)
+            for product in PRODUCTS * 2:
+                for tile in candidates(chain, product):
+                    micros = chain.time(chain.by_many, {**tiles, product: tile})
+                    if micros < best * 0.995:
+                        best, tiles = micros, {**tiles, product: tile}
+            words = {p: (t.split, t.groups, t.lead) for p, t in tiles.items()}
+            cublas = chain.time(chain.by_cublas)
+            report("tune", best, chain.roof, shape=name, M=m, before=start, cuBLAS=cublas, **words)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("parts", nargs="*", default=["check", "few", "many", "chain"])
-    parser.add_argument("--sizes", type=int, nargs="*", default=[16, 32, 64, 128, 256])
+    parser.add_argument("parts", nargs="*", default=["check", "chain"])
+    parser.add_argument("--rows", type=int, nargs="*", default=[1, 2, 4, 8, 16, 32, 64, 96, 128])
+    parser.add_argument("--shapes", nargs="*", default=list(SHAPES))
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     torch.manual_seed(0)
-    torch.zeros(1, device=CUDA)
     with torch.inference_mode():
-        if {"few", "many", "chain"} & set(args.parts):
-            compile_all(args.sizes, bool({"few", "many"} & set(args.parts)))
         for part in args.parts:
-            if part == "many":
-                bench_many(args.sizes)
+            if part == "check":
+                check()
             else:
-                {"check": check, "few": bench_few, "chain": bench_chain}[part]()
+                {"chain": bench_chain, "tune": tune}[part](args.shapes, args.rows)
     if args.json:
         about = {"device": torch.cuda.get_device_name(), "torch": torch.__version__}
         args.json.write_text(json.dumps({**about, "results": RESULTS}, indent=1, default=str))

@@ -1,10 +1,11 @@
 """A decoder's forward pass on a GPU, with our fused kernels in place of single operators.
 
-Batches of single tokens take five launches a layer up to `linear.max_rows` rows. Above, the norms
-and the products are launches of their own, the products ours up to `products.max_rows` rows
-and cuBLAS beyond; longer rows rotate and store in one kernel and attend over the cache. The result
-is that of `Decoder.forward` up to rounding. All lengths are read on the device, so a batch of
-single tokens can be captured in a CUDA graph.
+Which kernels multiply depends on the rows of a step, as measured: some rows take five launches a
+layer, the norms being part of the products (`_few_rows`: kernels.cuda.few or kernels.gpu.linear;
+`_some_rows`: kernels.cuda.many), many rows cuBLAS with norms and activation of their own
+(`_many_rows`). Single tokens are rotated, stored and attended in one launch, longer rows in two.
+The result is that of `Decoder.forward` up to rounding. All lengths are read on the device, so a
+batch of single tokens can be captured in a CUDA graph.
 
 Shape legend: T tokens, S sequences, H query heads, G KV heads, D head dim, I intermediate size.
 """
@@ -18,10 +19,11 @@ from torch import Tensor
 
 from nanovllm.attention.base import AttentionBatch
 from nanovllm.attention.triton import TritonAttention
+from nanovllm.kernels.cuda import many
 from nanovllm.kernels.gpu import attention as attention_kernels
-from nanovllm.kernels.gpu import linear as linear_kernels
-from nanovllm.kernels.gpu import products, rowwise
+from nanovllm.kernels.gpu import rowwise
 from nanovllm.models.decoder import Block, Decoder
+from nanovllm.runner.product_choice import ProductChoice
 
 
 @dataclass(slots=True)
@@ -69,16 +71,15 @@ class GpuForward:
         self._layers = [_Layer.of(block) for block in model.blocks]
         self._attention = attention
         self._pdl = pdl
-        self._max_few = linear_kernels.max_rows(model.config.hidden_size)
-        self._max_some = products.max_rows(model.config.hidden_size) if pdl else 0
-        self._workspace = products.Workspace(self._embed.device)
-        self._plain_mlp = all(layer.gate_up_bias is None for layer in self._layers)
+        self._choice = ProductChoice.of(model.config, self.dtype, self._embed.device)
 
     def hidden(self, token_ids: Tensor, batch: AttentionBatch, kv_cache: Tensor) -> Tensor:
         """[T] token ids -> [T, hidden] before the final norm; kv_cache is read and written."""
+        rows = len(token_ids)
+        if self._choice.some(rows):
+            return self._some_rows(token_ids, batch, kv_cache)[0]
         residual = F.embedding(token_ids, self._embed)
-        single = batch.max_q_len == 1
-        few = single and self._plain_mlp and len(token_ids) <= self._max_few
+        few = batch.max_q_len == 1 and self._choice.few(rows)
         layer_step = self._few_rows if few else self._many_rows
         for index, layer in enumerate(self._layers):
             layer_step(layer, residual, batch, kv_cache[index], self.config.sliding_windows[index])
@@ -86,13 +87,21 @@ class GpuForward:
 
     def logits(self, residual: Tensor) -> Tensor:
         """[S, hidden] before the final norm -> [S, vocabulary] in the model's dtype."""
-        eps = self.config.rms_norm_eps
-        if len(residual) <= self._max_few:
+        product, eps = self._choice.few(len(residual)), self.config.rms_norm_eps
+        if product is not None:
             out = residual.new_empty((len(residual), len(self._lm_head)))
-            return linear_kernels.linear(
-                residual, self._lm_head, out, norm=self._final_norm, eps=eps, pdl=self._pdl
-            )
-        return F.linear(rowwise.rms_norm(residual, self._final_norm, eps), self._lm_head)
+            norm = self._final_norm
+            return product(residual, self._lm_head, out, norm=norm, eps=eps, pdl=self._pdl)
+        return F.linear(self.final_norm(residual), self._lm_head)
+
+    def next_logits(self, token_ids: Tensor, batch: AttentionBatch, kv_cache: Tensor) -> Tensor:
+        """[S] single tokens -> logits [S, vocabulary]: `logits` of `hidden`."""
+        rows = len(token_ids)
+        if not (self._choice.some(rows) and rows <= many.MAX_HEAD_ROWS):
+            return self.logits(self.hidden(token_ids, batch, kv_cache))
+        _, normed = self._some_rows(token_ids, batch, kv_cache)
+        out = normed.scaled.new_empty((rows, len(self._lm_head)))
+        return many.product(normed, self._lm_head, out, eps=self.config.rms_norm_eps)
 
     def final_norm(self, residual: Tensor) -> Tensor:
         return rowwise.rms_norm(residual, self._final_norm, self.config.rms_norm_eps)
@@ -106,17 +115,38 @@ class GpuForward:
         window: int | None,
     ) -> None:
         """One block in five launches; residual [S, hidden] is changed in place."""
-        c, pdl, linear = self.config, self._pdl, linear_kernels.linear
-        eps, rows = c.rms_norm_eps, len(residual)
+        c, pdl, rows = self.config, self._pdl, len(residual)
+        linear, eps = self._choice.few(rows), c.rms_norm_eps
+        assert linear is not None
         qkv = residual.new_empty((rows, len(layer.qkv)))
         linear(
             residual, layer.qkv, qkv, norm=layer.input_norm, eps=eps, bias=layer.qkv_bias, pdl=pdl
         )
-        attended = self._attend_new(layer, qkv, batch, kv_cache, window)
+        attended = self._attend(layer, qkv, batch, kv_cache, window)
         linear(attended, layer.o, residual, bias=layer.o_bias, residual=residual, pdl=pdl)
         active = residual.new_empty((rows, c.intermediate_size))
         linear(residual, layer.gate_up, active, norm=layer.post_norm, eps=eps, gated=True, pdl=pdl)
         linear(active, layer.down, residual, bias=layer.down_bias, residual=residual, pdl=pdl)
+
+    def _some_rows(
+        self, token_ids: Tensor, batch: AttentionBatch, kv_cache: Tensor
+    ) -> tuple[Tensor, many.Rows]:
+        """All blocks, five launches each: [T, hidden], and the same ready for the LM head."""
+        c, eps, rows = self.config, self.config.rms_norm_eps, len(token_ids)
+        first = self._layers[0].input_norm
+        residual, scaled, squares = rowwise.embed(token_ids, self._embed, first)
+        normed = many.Rows(scaled, squares)
+        after = [layer.input_norm for layer in self._layers[1:]] + [self._final_norm]
+        for index, layer in enumerate(self._layers):
+            qkv = residual.new_empty((rows, len(layer.qkv)))
+            many.product(normed, layer.qkv, qkv, eps=eps, bias=layer.qkv_bias)
+            window = c.sliding_windows[index]
+            attended = self._attend(layer, qkv, batch, kv_cache[index], window)
+            normed = many.add(residual, attended, layer.o, layer.post_norm, bias=layer.o_bias)
+            active = residual.new_empty((rows, c.intermediate_size))
+            many.product(normed, layer.gate_up, active, eps=eps, gated=True)
+            normed = many.add(residual, active, layer.down, after[index], bias=layer.down_bias)
+        return residual, normed
 
     def _many_rows(
         self,
@@ -126,48 +156,26 @@ class GpuForward:
         kv_cache: Tensor,
         window: int | None,
     ) -> None:
-        """One block in seven launches or more; residual [T, hidden] is changed in place."""
+        """One block in eight launches or more; residual [T, hidden] is changed in place."""
         eps, pdl = self.config.rms_norm_eps, self._pdl
         normed = rowwise.rms_norm(residual, layer.input_norm, eps, pdl=pdl)
-        qkv = self._product(normed, layer.qkv, layer.qkv_bias)
-        if batch.max_q_len == 1:
-            attended = self._attend_new(layer, qkv, batch, kv_cache, window)
-        else:
-            attended = self._attend_chunks(layer, qkv, batch, kv_cache, window)
-        self._add_product(residual, attended, layer.o, layer.o_bias)
+        qkv = F.linear(normed, layer.qkv, layer.qkv_bias)
+        attended = self._attend(layer, qkv, batch, kv_cache, window)
+        _add_product(residual, attended, layer.o, layer.o_bias)
         normed = rowwise.rms_norm(residual, layer.post_norm, eps, pdl=pdl)
-        active = self._gated_product(normed, layer.gate_up, layer.gate_up_bias)
-        self._add_product(residual, active, layer.down, layer.down_bias)
+        active = rowwise.silu_mul(F.linear(normed, layer.gate_up, layer.gate_up_bias), pdl=pdl)
+        _add_product(residual, active, layer.down, layer.down_bias)
 
-    def _ours(self, x: Tensor, weight: Tensor) -> bool:
-        return len(x) <= self._max_some and products.fits(weight)
-
-    def _product(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """x [T, K] @ weight.T (+ bias) -> [T, N]"""
-        if not self._ours(x, weight):
-            return F.linear(x, weight, bias)
-        out = x.new_empty((len(x), len(weight)))
-        return products.product(x, weight, out, self._workspace, bias=bias, pdl=self._pdl)
-
-    def _gated_product(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """SiLU(gate) * up of x [T, K] -> [T, I]"""
-        if bias is not None or not self._ours(x, weight):
-            return rowwise.silu_mul(F.linear(x, weight, bias), pdl=self._pdl)
-        out = x.new_empty((len(x), len(weight) // 2))
-        return products.product(x, weight, out, self._workspace, gated=True, pdl=self._pdl)
-
-    def _add_product(
-        self, residual: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None
-    ) -> None:
-        """residual [T, N] += x [T, K] @ weight.T (+ bias), in one launch (two with cuBLAS)."""
-        if self._ours(x, weight):
-            products.product(
-                x, weight, residual, self._workspace, bias=bias, residual=residual, pdl=self._pdl
-            )
-            return
-        residual.addmm_(x, weight.t())
-        if bias is not None:
-            residual += bias
+    def _attend(
+        self,
+        layer: _Layer,
+        qkv: Tensor,
+        batch: AttentionBatch,
+        kv_cache: Tensor,
+        window: int | None,
+    ) -> Tensor:
+        attend = self._attend_new if batch.max_q_len == 1 else self._attend_chunks
+        return attend(layer, qkv, batch, kv_cache, window)
 
     def _split(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         c = self.config
@@ -218,3 +226,10 @@ class GpuForward:
         q = self._rotate_and_store(layer, qkv, batch, kv_cache)
         out = self._attention.attend(q, kv_cache, batch, self.config.head_dim**-0.5, window)
         return out.view(len(qkv), -1)
+
+
+def _add_product(residual: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    """residual [T, N] += x [T, K] @ weight.T (+ bias)"""
+    residual.addmm_(x, weight.t())
+    if bias is not None:
+        residual += bias

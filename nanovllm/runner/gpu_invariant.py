@@ -48,6 +48,9 @@ class InvariantForward(GpuForward):
         """[S, hidden] before the final norm -> [S, vocabulary] in the model's dtype."""
         return linear(self.final_norm(residual), self._lm_head)
 
+    def next_logits(self, token_ids: Tensor, batch: AttentionBatch, kv_cache: Tensor) -> Tensor:
+        return self.logits(self.hidden(token_ids, batch, kv_cache))
+
     def _fixed_layer(
         self,
         layer: _Layer,

@@ -8,12 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 
 import torch
 from torch import Tensor
 
+from nanovllm.kernels.cuda import few
 from nanovllm.kernels.gpu import attention, linear, prepare, rowwise, sampling
 from nanovllm.models.config import DecoderConfig
+from nanovllm.runner.product_choice import ProductChoice, products_of
 
 NUM_THREADS = 8
 ROWS = 64  # of made-up weights: divisible by 16, as real ones are
@@ -53,41 +56,30 @@ class KernelWarmUp:
         """The slowest to compile come first."""
         yield self._decode
         yield self._choose
-        c = self._c
-        heads = (c.num_heads + 2 * c.num_kv_heads) * c.head_dim
-        yield lambda: self._linear(c.hidden_size, norm=True, bias=c.qkv_bias)
-        if c.qkv_bias:  # the LM head has none
-            yield lambda: self._linear(c.hidden_size, norm=True)
-        yield lambda: self._linear(c.num_heads * c.head_dim, bias=c.o_bias, residual=True)
-        yield lambda: self._linear(c.intermediate_size, bias=c.mlp_bias, residual=True)
-        if not c.mlp_bias:
-            yield lambda: self._linear(c.hidden_size, norm=True, gated=True)
-        yield lambda: self._rope(heads)
+        choice = ProductChoice.of(self._c, self._dtype, self._device)
+        for shape in products_of(self._c):
+            if choice.few(1) is linear.linear:
+                yield partial(self._linear, shape)
+            if choice.max_few:
+                yield partial(few.prepare, shape, self._device)
+        yield self._rope
         yield self._rowwise
         yield self._prepare
 
     def _new(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
         return torch.zeros(shape, dtype=dtype or self._dtype, device=self._device)
 
-    def _linear(
-        self,
-        size: int,
-        *,
-        norm: bool = False,
-        bias: bool = False,
-        gated: bool = False,
-        residual: bool = False,
-    ) -> None:
+    def _linear(self, shape: few.Shape) -> None:
         out = self._new(1, ROWS)
         linear.linear(
-            self._new(1, size),
-            self._new(2 * ROWS if gated else ROWS, size),
+            self._new(1, shape.k),
+            self._new(2 * ROWS if shape.gated else ROWS, shape.k),
             out,
-            norm=self._new(size) if norm else None,
+            norm=self._new(shape.k) if shape.norm else None,
             eps=1e-6,
-            bias=self._new(ROWS) if bias else None,
-            gated=gated,
-            residual=out if residual else None,
+            bias=self._new(ROWS) if shape.bias else None,
+            gated=shape.gated,
+            residual=out if shape.residual else None,
             pdl=self._pdl,
         )
 
@@ -120,7 +112,7 @@ class KernelWarmUp:
             workspace, splits, torch.empty_like(q), new=new, pdl=self._pdl,
         )  # fmt: skip
 
-    def _rope(self, heads: int) -> None:
+    def _rope(self) -> None:
         q, k, v = self._heads(2)
         longs = self._new(2, dtype=torch.int64)
         angles = self._new(1, self._c.head_dim, dtype=torch.float32)

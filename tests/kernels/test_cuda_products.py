@@ -24,7 +24,7 @@ DEVICE = torch.device("cuda", 0)
 REASON = launch.available(DEVICE) if torch.cuda.is_available() else "there is no CUDA device"
 PROCESSORS = 132  # of an H200
 SHARED_LIMIT = 227 * 1024
-DTYPES = [torch.bfloat16, torch.float16]
+BF16 = torch.bfloat16
 EPS = 1e-6
 
 
@@ -82,10 +82,10 @@ def products_of(model: str) -> dict[str, tuple[int, int]]:
     }  # fmt: skip
 
 
-def ask(module: Any, product: str, m: int, n: int, k: int, dtype: torch.dtype) -> None:
+def ask(module: Any, product: str, m: int, n: int, k: int) -> None:
     """Launches what a layer would, with tensors that hold nothing."""
 
-    def tensor(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
+    def tensor(*shape: int, dtype: torch.dtype = BF16) -> Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")
 
     x, out, ends = tensor(m, k), tensor(m, n), product in ("o", "down")
@@ -110,7 +110,7 @@ def check_constants(found: Launch, m: int, n: int, k: int) -> None:
     if found.name == "few.cu":
         assert k % d.K_STEP == 0 == d.K_STEP % (32 * d.WARPS)
         assert n % 8 == 0 == d.GROUPS % (1 + d.GATED)
-        assert m <= d.ROWS
+        assert m <= few.MAX_ROWS
         assert found.grid == (d.BLOCKS, 1, 1)
     else:
         assert m <= d.BATCH <= 256
@@ -125,28 +125,27 @@ def test_every_product_of_a_model_has_a_variant(model: str, launches: list[Launc
     for product, (n, k) in products_of(model).items():
         for m in range(1, many.MAX_ROWS + 1):
             for module in (few, many) if m <= few.MAX_ROWS else (many,):
-                ask(module, product, m, n, k, torch.bfloat16)
+                ask(module, product, m, n, k)
                 check_constants(launches[-1], m, n, k)
     assert len(launches) == 5 * (few.MAX_ROWS + many.MAX_ROWS)
 
 
 @pytest.mark.skipif(build.unavailable() is not None, reason=build.unavailable() or "")
-@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
     ("module", "product", "m", "model"),
     [
-        (few, "qkv", 1, "qwen3-0.6b"), (few, "gate_up", 16, "qwen3-0.6b"),
-        (few, "o", 8, "smollm-135m"), (few, "down", 16, "qwen3-8b"),
+        (few, "qkv", 1, "qwen3-0.6b"), (few, "gate_up", 7, "qwen3-0.6b"),
+        (few, "o", 8, "smollm-135m"), (few, "down", 3, "qwen3-8b"),
         (many, "o", 16, "qwen3-0.6b"), (many, "qkv", 100, "qwen3-1.7b"),
         (many, "gate_up", 64, "smollm-135m"), (many, "gate_up", 256, "qwen3-8b"),
         (many, "down", 128, "qwen3-0.6b"), (many, "down", 256, "qwen3-8b"),
     ],
 )  # fmt: skip
 def test_variants_compile_and_keep_their_values_in_registers(
-    module: Any, product: str, m: int, model: str, dtype: torch.dtype, launches: list[Launch],
+    module: Any, product: str, m: int, model: str, launches: list[Launch],
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture,
 ) -> None:  # fmt: skip
-    ask(module, product, m, *products_of(model)[product], dtype)
+    ask(module, product, m, *products_of(model)[product])
     (found,) = launches
     monkeypatch.setattr(build, "FLAGS", (*build.FLAGS, "--ptxas-options=-v"))
     monkeypatch.setattr(build, "_load", lambda file: None)  # the log is of the compiler alone
@@ -160,19 +159,17 @@ def test_variants_compile_and_keep_their_values_in_registers(
 
 
 def test_weights_that_cannot_be_copied_are_refused() -> None:
-    assert few.suits(1000, 1024, 2)
-    assert not few.suits(1000, 1024, 4)
-    assert not few.suits(1004, 1024, 2)
-    assert not few.suits(1000, 1000, 2)
-    assert many.fits(1008, 1000, 2)
-    assert not many.fits(1008, 1000, 4)
-    assert not many.fits(1000, 1000, 2)
-    assert not many.fits(1008, 1004, 2)
+    assert few.suits(1000, 1024)
+    assert not few.suits(1004, 1024)
+    assert not few.suits(1000, 1000)
+    assert many.fits(1000, 1000)
+    assert not many.fits(1004, 1000)
+    assert not many.fits(1000, 1004)
 
 
 # --- on a GPU ------------------------------------------------------------------------------------
 
-ROWS_FEW = [1, 2, 7, 8, 9, 16]
+ROWS_FEW = [1, 2, 7, 8]
 ROWS_MANY = [1, 5, 16, 17, 64, 100, 128, 200, 256]
 KINDS_FEW = ["", "norm", "norm bias", "norm gated", "residual", "bias residual"]
 KINDS_MANY = ["", "bias", "norm", "norm gated", "after", "bias after"]
@@ -196,9 +193,9 @@ def squares_of(x: Tensor, parts: int) -> Tensor:
     return x.float().square().view(len(x), parts, -1).sum(-1).T.contiguous()
 
 
-def new_rows(m: int, n: int, dtype: torch.dtype) -> many.Rows:
+def new_rows(m: int, n: int) -> many.Rows:
     """Room for what a product with `after` writes."""
-    shapes = {(m, n): dtype, (-(-n // many.TILE), m): torch.float32}
+    shapes = {(m, n): BF16, (-(-n // many.TILE), m): torch.float32}
     made = (torch.full(s, float("nan"), dtype=t, device=DEVICE) for s, t in shapes.items())
     return many.Rows(*map(guarded, made))
 
@@ -210,7 +207,6 @@ class Case:
     m: int
     n: int
     k: int
-    dtype: torch.dtype
     kind: str  # words: norm, bias, gated, residual or after
 
     def __post_init__(self) -> None:
@@ -218,7 +214,7 @@ class Case:
         weights = 2 * self.n if "gated" in self.kind else self.n
         shapes = (self.m, self.k), (weights, self.k), (self.k,), (self.n,), (self.m, self.n)
         x, weight, *others = (torch.randn(shape, device=DEVICE) for shape in shapes)
-        tensors = [t.to(self.dtype) for t in (x, weight / self.k**0.5, *others)]
+        tensors = [t.to(BF16) for t in (x, weight / self.k**0.5, *others)]
         self.x, self.weight, self.norm, self.bias, self.old = map(guarded, tensors)
 
     def wanted(self) -> Tensor:
@@ -249,11 +245,11 @@ class Case:
         """The result, and with `after` the rows for the next norm and their squares."""
         x: Tensor | many.Rows = self.x
         if "norm" in self.kind:
-            scaled = (self.x.float() * self.norm.float()).to(self.dtype)
+            scaled = (self.x.float() * self.norm.float()).to(BF16)
             x = many.Rows(guarded(scaled), guarded(squares_of(self.x, 4)))
         gated, adds = "gated" in self.kind, "after" in self.kind
         out = guarded(self.old if adds else torch.full_like(self.old, float("nan")))
-        after = new_rows(self.m, self.n, self.dtype)
+        after = new_rows(self.m, self.n)
         many.product(
             x, self.weight, out, eps=EPS, bias=self.bias if "bias" in self.kind else None,
             gated=gated, norm=self.bias if adds else None, after=after if adds else None, tile=tile,
@@ -267,20 +263,19 @@ def check(case: Case, run: Callable[[], list[Tensor]]) -> None:
     for found in [first, *(run() for _ in range(3))]:
         assert all(map(is_intact, found))
         assert all(map(torch.equal, found, first))
-    assert relative_error(out, case.wanted()) < tolerance(case.dtype)
+    assert relative_error(out, case.wanted()) < tolerance(BF16)
     if after:
         scaled, squares = after
-        assert relative_error(scaled, out.double() * case.bias.double()) < tolerance(case.dtype)
+        assert relative_error(scaled, out.double() * case.bias.double()) < tolerance(BF16)
         assert relative_error(squares.sum(0), out.double().square().sum(-1)) < 1e-5
 
 
 @on_gpu
-@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("kind", KINDS_FEW)
 @pytest.mark.parametrize(("n", "k"), [(200, 896), (1000, 576), (24, 4864), (2048, 1024)])
-def test_few_rows(n: int, k: int, kind: str, dtype: torch.dtype) -> None:
+def test_few_rows(n: int, k: int, kind: str) -> None:
     for m in ROWS_FEW:
-        case = Case(m, n, k, dtype, kind)
+        case = Case(m, n, k, kind)
         check(case, case.few)
 
 
@@ -289,31 +284,27 @@ def test_few_rows(n: int, k: int, kind: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("groups", [2, 6, 8])
 @pytest.mark.parametrize("stages", [2, 3])
 def test_few_rows_in_every_unit_and_a_short_ring(groups: int, stages: int, kind: str) -> None:
-    for m in (8, 16):
-        case = Case(m, 5000, 1536, torch.bfloat16, kind)  # a rest in the last unit
+    for m in (3, 8):
+        case = Case(m, 5000, 1536, kind)  # a rest in the last unit
         best = few.best_tile(case.n, case.k, "gated" in kind, PROCESSORS)
         check(case, partial(case.few, replace(best, groups=groups, stages=stages)))
 
 
 @on_gpu
-@pytest.mark.parametrize(("m", "fewer"), [(8, (1, 2, 7)), (16, (9, 15))])
-def test_a_row_depends_neither_on_the_others_nor_on_their_number(
-    m: int, fewer: tuple[int, ...]
-) -> None:
-    case = Case(m, 1000, 896, torch.bfloat16, "norm gated")
+def test_a_row_depends_neither_on_the_others_nor_on_their_number() -> None:
+    case = Case(8, 1000, 896, "norm gated")
     (whole,), x, old = case.few(), case.x, case.old
-    for rows in fewer:
+    for rows in (1, 2, 7):
         case.x, case.old = guarded(x[-rows:]), old[-rows:]
         assert torch.equal(case.few()[0], whole[-rows:])
 
 
 @on_gpu
-@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("kind", KINDS_MANY)
 @pytest.mark.parametrize(("n", "k"), [(1024, 1024), (520, 1544), (1000, 576), (24, 4864)])
-def test_many_rows(n: int, k: int, kind: str, dtype: torch.dtype) -> None:
+def test_many_rows(n: int, k: int, kind: str) -> None:
     for m in ROWS_MANY:
-        case = Case(m, n, k, dtype, kind)
+        case = Case(m, n, k, kind)
         check(case, case.many)
 
 
@@ -325,7 +316,7 @@ def test_many_rows(n: int, k: int, kind: str, dtype: torch.dtype) -> None:
 def test_many_rows_in_every_tile(stages: int, split: int, groups: int, kind: str) -> None:
     tile = many.Tile(split, groups, stages=stages)
     for m in (16, 100, 256):
-        case = Case(m, 520, 1640, torch.bfloat16, kind)  # 26 steps of K, the last with a rest
+        case = Case(m, 520, 1640, kind)  # 26 steps of K, the last with a rest
         check(case, partial(case.many, tile))
 
 
@@ -339,11 +330,11 @@ class Chain:
         "qkv": (2048, 1024), "o": (1024, 2048), "gate_up": (3072, 1024), "down": (1024, 3072),
     }  # fmt: skip
 
-    def __init__(self, m: int, dtype: torch.dtype, changes: dict[str, Any]) -> None:
+    def __init__(self, m: int, changes: dict[str, Any]) -> None:
         """`changes` are those of the best tiles."""
 
         def random(*shape: int) -> Tensor:
-            return torch.randn(shape, device=DEVICE).to(dtype)
+            return torch.randn(shape, device=DEVICE).to(BF16)
 
         torch.manual_seed(0)
         self.few_tiles, self.many_tiles, weights = {}, {}, {}
@@ -360,7 +351,7 @@ class Chain:
         self.norm, self.start, self.residual = random(1024), random(m, 1024), random(m, 1024)
         self.projected, self.active = random(m, 2048), random(m, 3072)
         self.first = many.Rows(self.start * self.norm, squares_of(self.start, 1))
-        self.middle, self.last = new_rows(m, 1024, dtype), new_rows(m, 1024, dtype)
+        self.middle, self.last = new_rows(m, 1024), new_rows(m, 1024)
 
     def written(self) -> list[Tensor]:
         rows = [t for r in (self.middle, self.last) for t in (r.scaled, r.squares)]
@@ -411,22 +402,16 @@ def check_chain(chain: Chain, run: Callable[[], Iterator[Tensor]]) -> None:
 
 
 @on_gpu
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("m", [1, 8, 16])
+@pytest.mark.parametrize("m", [1, 8])
 @pytest.mark.parametrize("changes", [{}, {"lead": -1}, {"lead": 0}, {"lead": 999}], ids=str)
-def test_a_chain_of_few_rows_in_a_graph(
-    changes: dict[str, Any], m: int, dtype: torch.dtype
-) -> None:
-    chain = Chain(m, dtype, changes)
+def test_a_chain_of_few_rows_in_a_graph(changes: dict[str, Any], m: int) -> None:
+    chain = Chain(m, changes)
     check_chain(chain, chain.few)
 
 
 @on_gpu
-@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("m", [8, 64, 100, 256])
 @pytest.mark.parametrize("changes", [{}, {"lead": -1}, {"lead": 0}, {"lead": 999}], ids=str)
-def test_a_chain_of_many_rows_in_a_graph(
-    changes: dict[str, Any], m: int, dtype: torch.dtype
-) -> None:
-    chain = Chain(m, dtype, changes)
+def test_a_chain_of_many_rows_in_a_graph(changes: dict[str, Any], m: int) -> None:
+    chain = Chain(m, changes)
     check_chain(chain, chain.many)

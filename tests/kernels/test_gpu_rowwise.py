@@ -55,6 +55,19 @@ def test_rope(heads, groups, dim, dtype):
     assert relative_error(k, want_k) < tolerance(dtype)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("size", [64, 96])
+def test_embedding_ready_for_a_norm(size, dtype):
+    torch.manual_seed(0)
+    table, norm = randn(10, size, dtype=dtype), randn(size, dtype=dtype)
+    ids = torch.tensor([3, 9, 0, 3], device=DEVICE)
+    rows, scaled, squares = kernels.embed(ids, table, norm)
+    assert torch.equal(rows, table[ids])
+    assert relative_error(scaled, table[ids].float() * norm.float()) < tolerance(dtype)
+    assert squares.shape == (1, 4)
+    assert relative_error(squares[0], table[ids].float().square().sum(-1)) < 1e-5
+
+
 @pytest.mark.parametrize("qk_norm", [True, False])
 @pytest.mark.parametrize(("heads", "groups", "dim"), [(4, 2, 64), (3, 1, 80)])
 def test_rope_store(heads, groups, dim, qk_norm):

@@ -17,6 +17,11 @@ __device__ __forceinline__ u32 shared_address(const void* pointer) {
 }
 
 // --- programmatic dependent launch: the next kernel starts before this one has ended -----------
+//
+// A kernel that lets the next one start before its own wait has ended breaks 'when I start, all but
+// the kernel before me has ended'. So what a kernel reads before its wait must be older than the
+// last kernel that was launched without this attribute: weights, or what a step's first, ordinary
+// launches (prepare, embed) stand after.
 
 // All that earlier kernels wrote may be read from here on.
 __device__ __forceinline__ void wait_for_earlier_kernels() {
@@ -139,32 +144,16 @@ __device__ __forceinline__ float4 load_of_cluster(u32 address) {
   return value;
 }
 
-// --- 16-bit floats: bfloat16, or float16 with HALF ---------------------------------------------------
-
-#if HALF
-#define TYPE_16 "f16"
-#else
-#define TYPE_16 "bf16"
-#endif
+// --- bfloat16 ----------------------------------------------------------------------------------------
 
 __device__ __forceinline__ u32 pack(float low, float high) {
   u32 packed;
-  asm("cvt.rn." TYPE_16 "x2.f32 %0, %1, %2;" : "=r"(packed) : "f"(high), "f"(low));
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(packed) : "f"(high), "f"(low));
   return packed;
 }
 
 __device__ __forceinline__ float2 unpack(u32 packed) {
-  float2 value;
-#if HALF
-  asm("{\n.reg .b16 low, high;\nmov.b32 {low, high}, %2;\n"
-      "cvt.f32.f16 %0, low;\ncvt.f32.f16 %1, high;\n}"
-      : "=f"(value.x), "=f"(value.y)
-      : "r"(packed));
-#else
-  value.x = __uint_as_float(packed << 16);
-  value.y = __uint_as_float(packed & 0xffff0000u);
-#endif
-  return value;
+  return {__uint_as_float(packed << 16), __uint_as_float(packed & 0xffff0000u)};
 }
 
 __device__ __forceinline__ float rounded(float value) { return unpack(pack(value, 0.f)).x; }

@@ -11,11 +11,12 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from nanovllm.kernels.cuda.build import SOURCE_DIR, compile_cubin
+from nanovllm.kernels.cuda.build import compile_cubin, read_source
 from nanovllm.kernels.cuda.launch import Kernel
 
-MAX_ROWS = 16
+MAX_ROWS = 8
 MAX_GROUPS = 8  # of 8 weight rows in one unit of work: sums in registers
+LEAST_K_STEP = 896  # shorter copies do not keep up with the memory
 MAX_K_STEP = 1024
 SHARED = 113 * 1024  # two blocks a multiprocessor: the next kernel's weights arrive meanwhile
 
@@ -28,19 +29,13 @@ class Tile:
     k_step: int
     warps: int
     stages: int
-    lead: int = -1  # stages left to fetch when the next kernel may start
-    padded: bool = False  # one block of each of two kernels a multiprocessor
+    lead: int  # stages left to fetch when the next kernel may start
 
 
-def fits(weight: Tensor, gated: bool = False) -> bool:
-    """Whether `product` takes this weight [N, K] ([2 N, K] if gated)."""
-    n = len(weight) // (2 if gated else 1)
-    return (
-        weight.is_contiguous()
-        and weight.element_size() == 2
-        and n % 8 == 0
-        and _split_k(weight.shape[1]) is not None
-    )
+def suits(n: int, k: int) -> bool:
+    """Whether this multiplies 2 to 8 rows with a weight [N, K] faster than all else."""
+    found = _split_k(k)
+    return n % 8 == 0 and found is not None and found[0] >= LEAST_K_STEP
 
 
 def _split_k(k: int) -> tuple[int, int] | None:
@@ -70,39 +65,58 @@ def best_tile(n: int, k: int, gated: bool, processors: int) -> Tile:
     groups = _groups(n, gated, processors)
     units = -(-n // (8 * groups // (2 if gated else 1)))
     rounds = -(-units // processors)
-    stages = (SHARED - _sums_bytes(groups, warps, MAX_ROWS)) // _stage_bytes(k_step)
-    return Tile(groups, k_step, warps, max(2, min(stages, rounds * groups * (k // k_step))))
+    stages = (SHARED - _sums_bytes(groups, warps)) // _stage_bytes(k_step)
+    most = rounds * groups * (k // k_step)
+    lead = 3 if most <= 2 * stages else most  # a long kernel lets the next one start at once
+    return Tile(groups, k_step, warps, max(2, min(stages, most)), lead)
 
 
 def _stage_bytes(k_step: int) -> int:
     return 8 * (k_step * 2 + 64) + 16  # and its two barriers
 
 
-def _sums_bytes(groups: int, warps: int, rows: int) -> int:
-    return warps * (groups * 8 + 1) * rows * 4 + 256
+def _sums_bytes(groups: int, warps: int) -> int:
+    return warps * (groups * 8 + 1) * MAX_ROWS * 4 + 256
 
 
 @cache
 def _variant(
-    n: int, k: int, rows: int, tile: Tile, flags: tuple[bool, bool, bool, bool],
-    dtype: torch.dtype, device: torch.device, processors: int,
-) -> tuple[Kernel, int, int]:  # fmt: skip
-    """The kernel, its blocks, and its shared memory in bytes."""
+    n: int, k: int, tile: Tile, flags: tuple[bool, bool, bool, bool], device: torch.device,
+    processors: int,
+) -> tuple[Kernel, int]:  # fmt: skip
+    """The kernel, and its shared memory in bytes."""
     norm, bias, gated, residual = flags
-    units = -(-n // (8 * tile.groups // (2 if gated else 1)))
-    blocks = processors if tile.padded else min(units, processors)
     defines = {
-        "BLOCKS": blocks, "N": n, "K": k, "K_STEP": tile.k_step, "GROUPS": tile.groups, "WARPS": tile.warps,
-        "STAGES": tile.stages, "ROWS": rows, "NORM": int(norm), "BIAS": int(bias),
-        "GATED": int(gated), "RESIDUAL": int(residual), "LEAD": tile.lead,
-        "HALF": int(dtype == torch.float16),
+        "BLOCKS": processors, "N": n, "K": k, "K_STEP": tile.k_step, "GROUPS": tile.groups,
+        "WARPS": tile.warps, "STAGES": tile.stages, "LEAD": tile.lead,
+        "NORM": int(norm), "BIAS": int(bias), "GATED": int(gated), "RESIDUAL": int(residual),
     }  # fmt: skip
-    shared = tile.stages * _stage_bytes(tile.k_step)
-    shared += _sums_bytes(tile.groups, tile.warps, rows)
-    if tile.padded:
-        shared = max(shared, SHARED)
-    cubin = compile_cubin((SOURCE_DIR / "few.cu").read_text(), "few.cu", defines=defines)
-    return Kernel(cubin, "few", "ppppppif", device, shared=shared), blocks, shared
+    # More than is needed, so that a multiprocessor holds one block of two kernels each, not two
+    # of the same.
+    shared = tile.stages * _stage_bytes(tile.k_step) + _sums_bytes(tile.groups, tile.warps)
+    shared = max(shared, SHARED)
+    cubin = compile_cubin(read_source("few.cu"), "few.cu", defines=defines)
+    return Kernel(cubin, "few", "ppppppif", device, shared=shared), shared
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """A product to be met: features out and in, and what surrounds it."""
+
+    n: int
+    k: int
+    norm: bool = False
+    bias: bool = False
+    gated: bool = False
+    residual: bool = False
+
+
+def prepare(shape: Shape, device: torch.device) -> None:
+    """Compiles and loads what `product` will use."""
+    processors = _processors(device)
+    flags = shape.norm, shape.bias, shape.gated, shape.residual
+    tile = best_tile(shape.n, shape.k, shape.gated, processors)
+    _variant(shape.n, shape.k, tile, flags, device, processors)
 
 
 @cache
@@ -123,25 +137,27 @@ def product(
     pdl: bool = True,
     tile: Tile | None = None,
 ) -> Tensor:
-    """x [M, K], M <= MAX_ROWS -> out [M, N], which may be `residual` itself; all contiguous.
+    """x [M, K], M <= MAX_ROWS -> out [M, N], which may be `residual` itself.
 
+    bfloat16, contiguous and 16-byte aligned.
     weight is [N, K], or if gated [2 N, K]: rows of the gate, then of up. norm [K] is the weight
     of an RMSNorm of x. bias [N] is not for gated products.
     """
     m, k = x.shape
     n = len(weight) // 2 if gated else len(weight)
-    assert all(t.is_contiguous() for t in (x, weight, out)), "rows must follow one another"
+    assert m <= MAX_ROWS, "too many rows"
+    assert weight.shape[1] == k, "features of x and weight differ"
+    assert out.shape == (m, n), "out has another shape"
+    check(x, weight, out, norm, bias, residual)
     processors = _processors(x.device)
     tile = tile or best_tile(n, k, gated, processors)
     flags = norm is not None, bias is not None, gated, residual is not None
-    kernel, blocks, shared = _variant(
-        n, k, 8 if m <= 8 else 16, tile, flags, x.dtype, x.device, processors
-    )
+    kernel, shared = _variant(n, k, tile, flags, x.device, processors)
     kernel.launch(
-        (blocks, 1, 1),
+        (processors, 1, 1),
         (tile.warps + 1) * 32,
         [
-            x.data_ptr(), weight.data_ptr(), _pointer(norm), _pointer(bias), _pointer(residual),
+            x.data_ptr(), weight.data_ptr(), pointer(norm), pointer(bias), pointer(residual),
             out.data_ptr(), m, eps,
         ],
         stream=torch.cuda.current_stream(x.device).cuda_stream,
@@ -151,5 +167,14 @@ def product(
     return out
 
 
-def _pointer(tensor: Tensor | None) -> int:
+def check(*tensors: Tensor | None) -> None:
+    """That the kernels here can read and write them."""
+    for tensor in tensors:
+        if tensor is not None:
+            assert tensor.dtype == torch.bfloat16, "these kernels multiply bfloat16"
+            assert tensor.is_contiguous(), "rows must follow one another"
+            assert tensor.data_ptr() % 16 == 0, "rows must be aligned to 16 bytes"
+
+
+def pointer(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()

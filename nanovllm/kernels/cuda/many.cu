@@ -12,16 +12,16 @@
 // writes `scaled` = residual * norm and the sums of squares of its features; the next one
 // multiplies `scaled` with its weights and then every row by 1 / rms.
 //
-// Constants: WARPGROUPS (of 64 weight rows each), BATCH_GROUPS (as many warpgroups share the rows of x), BATCH, SPLIT, STAGES; SCALE (rows are to be
+// Constants: BATCH, BATCH_GROUPS (warpgroups that share the rows of x), SPLIT, STAGES; SCALE (rows are to be
 // multiplied by 1 / rms), BIAS, GATED (rows of gate and up alternate by eights; SiLU(gate) * up),
 // RESIDUAL (add it, and prepare the next norm), LEAD (the next kernel may start when a block has so
-// many stages left to fetch; -1: as soon as the kernel before has ended), HALF.
+// many stages left to fetch; -1: as soon as the kernel before has ended).
 // WGMMA is the text of `multiply`, made for BATCH.
 #include "common.cuh"
 
-constexpr int TILE = 64 * WARPGROUPS;  // weight rows of a block
+constexpr int TILE = 64;    // weight rows of a block
 constexpr int K_STEP = 64;             // 128 bytes: the widest swizzle
-constexpr int CONSUMERS = 128 * WARPGROUPS * BATCH_GROUPS;
+constexpr int CONSUMERS = 128 * BATCH_GROUPS;
 constexpr int COLUMNS = BATCH / BATCH_GROUPS;  // rows of x in one instruction
 constexpr int WEIGHT_BYTES = TILE * K_STEP * 2, X_BYTES = BATCH * K_STEP * 2;
 constexpr int STRIDE = TILE + 4;  // floats of a row of sums: no bank conflicts
@@ -31,6 +31,10 @@ constexpr int ROWS_AT_ONCE = CONSUMERS / LANES;
 constexpr int ROWS_OF_RANK = BATCH / SPLIT;  // of the result, in each block of a cluster
 constexpr int PASSES = (ROWS_OF_RANK + ROWS_AT_ONCE - 1) / ROWS_AT_ONCE;
 constexpr int TOGETHER = SPLIT * (GATED ? 2 : 1) >= 16 ? 1 : 16 / SPLIT / (GATED ? 2 : 1);
+
+static_assert(BATCH % (8 * BATCH_GROUPS) == 0 && BATCH % SPLIT == 0);
+static_assert(!GATED || !RESIDUAL && !BIAS);
+static_assert(STAGES <= CONSUMERS);
 
 struct Ring {
   unsigned char weight[STAGES][WEIGHT_BYTES];
@@ -88,13 +92,12 @@ __device__ __forceinline__ void produce(Shared& s, const TensorMap& weights, con
 
 // The sums of this block's part of K, into shared memory as [row of x][weight row].
 __device__ __forceinline__ void consume(Shared& s, int steps, int rows) {
-  const int group = threadIdx.x / 128 % WARPGROUPS, columns = threadIdx.x / 128 / WARPGROUPS;
-  const int warp = threadIdx.x / 32 % (4 * WARPGROUPS), lane = threadIdx.x % 32;
+  const int columns = threadIdx.x / 128, warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32;
   float sum[COLUMNS / 2];
   for (int step = 0; step < steps; ++step) {
     const int stage = step % STAGES;
     barrier_wait(shared_address(&s.full[stage]), step / STAGES & 1);
-    const u64 a = descriptor(shared_address(s.ring.weight[stage]) + group * 64 * K_STEP * 2);
+    const u64 a = descriptor(shared_address(s.ring.weight[stage]));
     const u64 b = descriptor(shared_address(s.ring.x[stage]) + columns * COLUMNS * K_STEP * 2);
     asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
 #pragma unroll
@@ -245,7 +248,7 @@ __device__ __forceinline__ void finish(Shared& s, const Result& r, const Place& 
       const float2 r0 = unpack(packed.x), r1 = unpack(packed.y);
       float square = r0.x * r0.x + r0.y * r0.y + r1.x * r1.x + r1.y * r1.y;
       if (!place.inside) square = 0.f;
-      const u32 mask = LANES == 32 ? ~0u : 0xffffu << (threadIdx.x % 32 / 16 * 16);
+      const u32 mask = 0xffffu << (threadIdx.x % 32 / 16 * 16);  // the sixteen of a row
 #pragma unroll
       for (int step = LANES / 2; step > 0; step /= 2) square += __shfl_xor_sync(mask, square, step);
       if (threadIdx.x % LANES == 0) r.squares[tile * rows + m] = square;
@@ -267,10 +270,6 @@ extern "C" __global__ void __launch_bounds__(CONSUMERS + 64)
   Shared& s = *reinterpret_cast<Shared*>(memory);
   const int warp = threadIdx.x / 32, rank = blockIdx.x, tile = blockIdx.y;
   const int begin = k_steps * rank / SPLIT, steps = k_steps * (rank + 1) / SPLIT - begin;
-  if (tile * FEATURES >= n_total) {  // a block too many, so that each multiprocessor has one
-    wait_for_earlier_kernels();
-    return;
-  }
   if (threadIdx.x < STAGES) {
     barrier_init(shared_address(&s.full[threadIdx.x]), 1);
     barrier_init(shared_address(&s.empty[threadIdx.x]), CONSUMERS / 32);

@@ -80,6 +80,36 @@ def add_rms_norm(
 
 
 @triton.jit
+def _embed_kernel(ids_ptr, table_ptr, norm_ptr, rows_ptr, scaled_ptr, squares_ptr,
+                  K: tl.constexpr, K_PAD: tl.constexpr):  # fmt: skip
+    """Grid (rows): a row of the table, that row times the norm's weight, and its sum of squares."""
+    row = tl.program_id(0).to(tl.int64)
+    k = tl.arange(0, K_PAD)
+    mask = k < K
+    x = tl.load(table_ptr + tl.load(ids_ptr + row) * K + k, mask=mask, other=0.0)
+    norm = tl.load(norm_ptr + k, mask=mask, other=0.0).to(tl.float32)
+    wide = x.to(tl.float32)
+    tl.store(rows_ptr + row * K + k, x, mask=mask)
+    tl.store(scaled_ptr + row * K + k, (wide * norm).to(x.dtype), mask=mask)
+    tl.store(squares_ptr + row, tl.sum(wide * wide, 0))
+
+
+def embed(token_ids: Tensor, table: Tensor, norm: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """[T] token ids -> their rows [T, K] of the table [V, K], those times norm, squares [1, T].
+
+    The last two are what `kernels.cuda.many` wants of a product with an RMSNorm before it.
+    """
+    size = table.shape[1]
+    rows = table.new_empty((len(token_ids), size))
+    scaled, squares = torch.empty_like(rows), rows.new_empty((1, len(rows)), dtype=torch.float32)
+    _embed_kernel[(len(rows),)](
+        token_ids, table, norm, rows, scaled, squares, size, triton.next_power_of_2(size),
+        num_warps=_warps(size),
+    )  # fmt: skip
+    return rows, scaled, squares
+
+
+@triton.jit
 def _silu_mul_kernel(x_ptr, out_ptr, x_stride, size, BLOCK: tl.constexpr, PDL: tl.constexpr):
     """Grid (rows, tiles of I): silu(gate) * up."""
     row = tl.program_id(0).to(tl.int64)
