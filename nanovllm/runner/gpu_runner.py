@@ -168,7 +168,7 @@ class GpuModelRunner(ModelRunner):
             self._cu_q_lens[: size + 1], context, tables, self._no_slots, self._no_slots,
             1, self.rows.tokens.shape[1],
         )  # fmt: skip
-        residual = self._forward.hidden(self._token_ids[:size], batch, self.kv_cache)
+        logits = self._forward.next_logits(self._token_ids[:size], batch, self.kv_cache)
         floats = lines.view(torch.float32)
         params = sampling.RowParams(
             temperature=floats[2],
@@ -178,7 +178,6 @@ class GpuModelRunner(ModelRunner):
             top_p=floats[4],
             min_p=floats[5],
         )
-        logits = self._forward.logits(residual)
         if kept is not None:
             kept[:size].copy_(logits)
         sampling.choose(
