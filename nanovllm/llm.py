@@ -15,7 +15,7 @@ from nanovllm.config import EngineConfig
 from nanovllm.errors import InvalidRequestError
 from nanovllm.interrupts import Turns
 from nanovllm.outputs import Delta, RequestOutput
-from nanovllm.progress import Progress
+from nanovllm.progress import NullProgress, Progress
 from nanovllm.prompts import (
     EncodedPrompt,
     Prompt,
@@ -105,11 +105,14 @@ class LLMEngine(OpenModel):
         priority: int = 0,
         salt: bytes = b"",
     ) -> RequestOutput:
+        """Queues what `_encode` has returned."""
         text, token_ids = encoded
         core = self._engine.core
         with self._turns.taken():
             request_id = self._new_id() if request_id is None else request_id
-            sequences = core.add(request_id, token_ids, params, priority=priority, salt=salt)
+            sequences = core.add(
+                request_id, token_ids, params, priority=priority, salt=salt, validated=True
+            )
             return self._tracker.add(request_id, text, token_ids, params, sequences)
 
     def _new_id(self) -> str:
@@ -159,7 +162,7 @@ class LLMEngine(OpenModel):
             with self._turns.taken():
                 for one, p in zip(encoded, params, strict=True):
                     outputs.append(self._add(one, p))  # one by one: what was added is known
-            with Progress(len(outputs), disable=not use_tqdm) as progress:
+            with Progress(len(outputs)) if use_tqdm else NullProgress() as progress:
                 while not all(output.finished for output in outputs):
                     progress.update(self._advance(), outputs)
         finally:

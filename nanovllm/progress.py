@@ -9,23 +9,33 @@ from tqdm import tqdm
 from nanovllm.outputs import Delta, RequestOutput
 
 
-class Progress:
-    """Counts finished prompts; tokens a second are of the whole call so far."""
-
-    def __init__(self, total: int, *, disable: bool) -> None:
-        self._bar = tqdm(total=total, desc="Generating", disable=disable, dynamic_ncols=True)
-        self._num_output = 0
-        self._num_prompt = 0
-        self._started: set[str] = set()
+class NullProgress:
+    """Shows nothing: an idle bar would delay the first step."""
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
+        pass
+
+    def update(self, deltas: list[Delta], outputs: list[RequestOutput]) -> None:
+        pass
+
+
+class Progress(NullProgress):
+    """Counts finished prompts; tokens a second are of the whole call so far."""
+
+    def __init__(self, total: int) -> None:
+        self._bar = tqdm(total=total, desc="Generating", dynamic_ncols=True)
+        self._num_output = 0
+        self._num_prompt = 0
+        self._started: set[str] = set()
+
+    def __exit__(self, *_: object) -> None:
         self._bar.close()
 
     def update(self, deltas: list[Delta], outputs: list[RequestOutput]) -> None:
-        if self._bar.disable:
+        if self._bar.disable:  # by tqdm's environment variable
             return
         by_id = {output.request_id: output for output in outputs}
         for delta in deltas:

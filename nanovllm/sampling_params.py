@@ -7,7 +7,7 @@ range) is checked by the engine when the request is added.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, NoReturn
 
 from nanovllm.errors import InvalidRequestError
@@ -179,7 +179,8 @@ class SamplingParams(Record):
     structured_output: StructuredOutput | Mapping[str, Any] | None = None
 
     def __post_init__(self) -> None:
-        self._set(**{name: read(name, getattr(self, name)) for name, read in _READERS.items()})
+        given = {name: getattr(self, name) for name in _READERS}
+        self._set(**{n: _READERS[n](n, v) for n, v in given.items() if v is not _DEFAULTS[n]})
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
             raise InvalidRequestError(
                 f"min_tokens ({self.min_tokens}) must not exceed max_tokens ({self.max_tokens})"
@@ -201,3 +202,6 @@ class SamplingParams(Record):
     def restricted(self) -> bool:
         """Whether a cut drops some tokens before one is drawn."""
         return not self.greedy and (self.top_k > 0 or self.top_p < 1.0 or self.min_p > 0.0)
+
+
+_DEFAULTS = {field.name: field.default for field in fields(SamplingParams)}  # need no reading

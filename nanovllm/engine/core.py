@@ -93,10 +93,12 @@ class EngineCore:
         priority: int = 0,
         salt: bytes = b"",
         arrival: float | None = None,
+        validated: bool = False,
     ) -> list[Sequence]:
         """Queues `params.n` sequences that share one prompt; a lower priority value goes first.
 
-        Raises InvalidRequestError, with nothing queued, if the request cannot be served.
+        validated: the caller has called `validate`. Raises InvalidRequestError, with nothing
+        queued, if the request cannot be served.
         """
         self._check_open()
         if not isinstance(request_id, str) or not request_id:
@@ -105,7 +107,8 @@ class EngineCore:
             raise InvalidRequestError(f"request id {request_id!r} is in use")
         if not isinstance(priority, int):
             raise InvalidRequestError(f"priority must be an integer, got {priority!r}")
-        self.validate(prompt_token_ids, params)
+        if not validated:
+            self.validate(prompt_token_ids, params)
         now = self._clock() if arrival is None else arrival
         base = params.seed if params.seed is not None else _mix(self._seed, self._num_requests)
         self._num_requests += 1

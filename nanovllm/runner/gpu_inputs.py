@@ -11,6 +11,7 @@ graph; T' and S' the next multiples of 4.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import accumulate
 
 import numpy as np
 import torch
@@ -49,8 +50,8 @@ class Layout:
     def __init__(self, num_tokens: int, num_rows: int) -> None:
         self.num_tokens, self.num_rows = num_tokens, num_rows
         tokens, rows = (-(-size // ALIGN) * ALIGN for size in (num_tokens, num_rows))
-        ends = np.cumsum((4 * tokens, 4 * rows, tokens, SMALL * rows, rows + ALIGN, ALIGN))
-        self._ends: list[int] = ends.tolist()
+        sizes = (4 * tokens, 4 * rows, tokens, SMALL * rows, rows + ALIGN, ALIGN)
+        self._ends = tuple(accumulate(sizes))
 
     def views(self, words: Tensor) -> TokenInputs:
         """The parts of device words that `pack` filled on the host."""

@@ -291,8 +291,10 @@ class GpuModelRunner(ModelRunner):
 
     def _wants_prompt_logprobs(self, ids: NDArray[np.int64]) -> bool:
         """Whether a row that still computes its prompt reports on it."""
-        in_prompt = self.rows.num_computed[ids] < self.rows.num_prompt[ids]
-        return bool((in_prompt & self._sampling.prompt_logprobs[ids]).any())
+        asked = ids[self._sampling.prompt_logprobs[ids]]
+        if not len(asked):  # as nearly always
+            return False
+        return bool((self.rows.num_computed[asked] < self.rows.num_prompt[asked]).any())
 
     def _special_lines(self, ids: NDArray[np.int64]) -> SpecialLines:
         """Of the rows [L] that sample, in the order of their lines; call before the step runs."""

@@ -9,7 +9,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 from unittest.mock import MagicMock
@@ -33,6 +33,7 @@ from nanovllm import (
     ModelLoadError,
     SamplingParams,
     UnsupportedModelError,
+    sampling_params,
 )
 from nanovllm.model_files import find_model
 
@@ -178,6 +179,13 @@ def test_numbers_of_numpy_are_plain_numbers() -> None:
     config = EngineConfig(max_num_seqs=np.int64(4), seed=np.int64(1))
     assert config == EngineConfig(max_num_seqs=4, seed=1)
     assert type(config.max_num_seqs) is int
+
+
+def test_defaults_are_what_reading_them_gives() -> None:
+    """SamplingParams reads only what differs from its defaults."""
+    for field in fields(SamplingParams):
+        read = sampling_params._READERS[field.name](field.name, field.default)
+        assert (type(read), read) == (type(field.default), field.default), field.name
 
 
 def test_params_can_be_copied_and_sent() -> None:
