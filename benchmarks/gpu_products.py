@@ -210,13 +210,15 @@ def bench_chain(names: list[str], sizes: list[int]) -> None:
 
 
 def candidates(chain: Chain, product: str) -> list[many.Tile]:
-    k = chain.shapes[product][1]
+    k, batch = chain.shapes[product][1], many.batch_of(chain.rows)
+    alone = many.SHARED_LIMIT // many._stage(batch) - 1
     return [
-        many.Tile(split, groups, lead)
+        many.Tile(split, groups, lead, stages)
         for split in (1, 2, 4, 8)
         for groups in (1, 2)
         for lead in (0, many.AT_ONCE)
-        if k >= 2 * split * many.K_STEP and many.batch_of(chain.rows) // groups % 8 == 0
+        for stages in (0, min(16, alone))  # two blocks a multiprocessor, or one with a longer ring
+        if k >= 2 * split * many.K_STEP and batch // groups % 8 == 0
     ]
 
 
@@ -244,7 +246,7 @@ def tune(names: list[str], sizes: list[int]) -> None:
                     micros = chain.time(chain.by_many, {**tiles, product: tile})
                     if micros < best * 0.995:
                         best, tiles = micros, {**tiles, product: tile}
-            words = {p: (t.split, t.groups, t.lead) for p, t in tiles.items()}
+            words = {p: (t.split, t.groups, t.lead, t.stages) for p, t in tiles.items()}
             cublas = chain.time(chain.by_cublas)
             report("tune", best, chain.roof, shape=name, M=m, before=start, cuBLAS=cublas, **words)
 

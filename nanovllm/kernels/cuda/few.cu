@@ -170,7 +170,7 @@ __device__ __forceinline__ void consume(Shared& s, const u16* x, const u16* norm
   }
 }
 
-extern "C" __global__ void __launch_bounds__(CONSUMERS + 32, 2)
+extern "C" __global__ void __launch_bounds__(CONSUMERS + 32)
     few(const u16* x, const u16* weight, const u16* norm, const u16* bias, const u16* residual,
         u16* out, int rows, float eps) {
   extern __shared__ __align__(128) unsigned char memory[];

@@ -56,34 +56,45 @@ def fits(n: int, k: int) -> bool:
 
 def max_rows(hidden_size: int) -> int:
     """Rows up to which this beats cuBLAS, as measured on an H200 at four hidden sizes."""
-    return 112 if hidden_size <= 1024 else 96 if hidden_size <= 2048 else 32
+    return 160 if hidden_size <= 1024 else 96 if hidden_size <= 2048 else 32
 
 
 def batch_of(m: int) -> int:
     """Rows of x that the instruction takes: few variants, little waste."""
-    step = 16 if m <= 64 else 32 if m <= 128 else 64
+    step = 16 if m <= 64 else 32
     return -(-m // step) * step
 
 
 def best_tile(m: int, n: int, k: int, gated: bool, processors: int) -> Tile:
     """As measured best on an H200, in the chain of a layer.
 
-    As many blocks as multiprocessors, but with more rows fewer parts: their sums have to meet.
+    Up to 32 rows as many blocks as multiprocessors. With more rows fewer parts of K, for their sums
+    have to meet; beyond 64 rows one block has a multiprocessor to itself, with a ring that keeps
+    more of x on its way.
     """
-    tiles = -(-n * (2 if gated else 1) // TILE)
-    few, split = m <= 32, 1
-    least = 128 if few else 768  # of K, for each part
-    while split < 8 and tiles * split * 2 <= processors and k >= split * 2 * least:
-        split *= 2
-    if few:
+    tiles, split = -(-n * (2 if gated else 1) // TILE), 1
+    while split < 8 and tiles * split * 2 <= processors:
+        parts = split * 2
+        if k < parts * 128 or (m > 32 and tiles * parts > 64 and k < parts * 1024):
+            break
+        split = parts
+    if m <= 32:
         return Tile(split)
-    return Tile(split, groups=2 if split == 1 else 1, lead=0)
+    groups = 2 if gated or m <= 64 else 1
+    stages = min(16, SHARED_LIMIT // _stage(batch_of(m)) - 1) if m > 64 else 0
+    return Tile(split, groups, 0, stages)
+
+
+def _stage(batch: int) -> int:
+    """Bytes of one step of K of both operands."""
+    return (TILE + batch) * K_STEP * 2
 
 
 def _stages(batch: int, tile: Tile) -> int:
-    stage = (TILE + batch) * K_STEP * 2
-    room = HALF_SHARED if max(_sums(batch), 3 * stage) + 3072 <= HALF_SHARED else SHARED_LIMIT
-    return tile.stages or max(2, min(10, (room - 3072) // stage))
+    if tile.stages:
+        return tile.stages
+    pair = max(_sums(batch), 3 * _stage(batch)) + 3072 <= HALF_SHARED
+    return max(2, min(10, ((HALF_SHARED if pair else SHARED_LIMIT) - 3072) // _stage(batch)))
 
 
 def _sums(batch: int) -> int:
@@ -103,7 +114,7 @@ def _variant(
         "LEAD": tile.lead, "SCALE": int(scale), "BIAS": int(bias), "GATED": int(gated),
         "RESIDUAL": int(residual),
     }  # fmt: skip
-    ring = max(stages * (TILE + batch) * K_STEP * 2, _sums(batch))
+    ring = max(stages * _stage(batch), _sums(batch))
     shared = -(-(ring + batch * 4 + 16 * stages) // 1024) * 1024
     multiply = _multiply(batch // tile.groups)
     source = read_source("many.cu").replace("\nWGMMA\n", f"\n{multiply}\n")
