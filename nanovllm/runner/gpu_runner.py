@@ -299,6 +299,8 @@ class GpuModelRunner(ModelRunner):
     def _special_lines(self, ids: NDArray[np.int64]) -> SpecialLines:
         """Of the rows [L] that sample, in the order of their lines; call before the step runs."""
         s = self._sampling
+        if s.plain[ids].all():
+            return SpecialLines(ids, ids[:0], ids[:0], restricted=False)
         changed = s.special(ids, self.rows.num_tokens[ids])
         wanted = s.num_logprobs[ids] >= 0
         restricted = bool((s.restricted[ids] & ~changed).any())

@@ -41,6 +41,7 @@ class RowSampling:
         self.changed_below = np.zeros(num_rows, np.int64)  # nor while it has fewer tokens
         self.structured = np.zeros(num_rows, bool)
         self.num_logprobs = np.full(num_rows, -1, np.int64)  # -1: none are wanted
+        self.plain = np.ones(num_rows, bool)  # nothing from `restricted` on
         self.prompt_logprobs = np.zeros(num_rows, bool)
 
     def start(self, new: NewRow) -> None:
@@ -54,6 +55,8 @@ class RowSampling:
         self.changed_below[row] = new.num_prompt_tokens + p.min_tokens if p.min_tokens else 0
         self.structured[row] = p.structured_output is not None
         self.num_logprobs[row] = -1 if p.logprobs is None else p.logprobs
+        wants = p.restricted or p.min_tokens or p.logprobs is not None
+        self.plain[row] = not (wants or self.changed[row])
         self.prompt_logprobs[row] = p.prompt_logprobs is not None
 
     def special(self, rows: NDArray[np.int64], num_tokens: NDArray[np.int64]) -> NDArray[np.bool_]:
