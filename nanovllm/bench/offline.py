@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import itertools
 import json
 import statistics
@@ -67,6 +69,16 @@ class Report:
     results: list[Result]
 
 
+@contextlib.contextmanager
+def _startup_left_uncollected() -> Iterator[None]:
+    """Full garbage collections do not look at what was loaded before: as in the server's engine."""
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
+
+
 def run_cases(
     cases: Sequence[Case],
     options: dict[str, Any],
@@ -78,7 +90,7 @@ def run_cases(
     model = registry.read_config(find_model(options["model"]).config)
     options = {"max_model_len": min(DEFAULT_CONTEXT, model.max_position)} | options
     prefix_caching = EngineConfig.from_kwargs(**options).enable_prefix_caching
-    with LLM(**options) as llm:
+    with LLM(**options) as llm, _startup_left_uncollected():
         _check_lengths(cases, llm.info.max_model_len)
         dtype: torch.dtype = getattr(torch, llm.info.dtype)
         tell("measuring the machine's ceilings ...")
