@@ -6,20 +6,48 @@ keeps what it compiled on disk, so all but the first start find it there.
 
 from __future__ import annotations
 
+import atexit
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from functools import partial
+from itertools import zip_longest
+from threading import Thread
 
 import torch
 from torch import Tensor
 
-from nanovllm.kernels.cuda import few
+from nanovllm.kernels.cuda import few, many
 from nanovllm.kernels.gpu import attention, linear, prepare, rowwise, sampling
 from nanovllm.models.config import DecoderConfig
 from nanovllm.runner.product_choice import ProductChoice, products_of
 
 NUM_THREADS = 8
+NUM_LATER_THREADS = 3  # beside the engine's own work
 ROWS = 64  # of made-up weights: divisible by 16, as real ones are
+
+
+class _Later:
+    """Compiles in the background; a process that ends waits for the kernel in hand alone."""
+
+    def __init__(self, jobs: list[Callable[[], object]]) -> None:
+        self._jobs, self._stopped = iter(jobs), False
+        self._threads = [Thread(target=self._run, daemon=True) for _ in range(NUM_LATER_THREADS)]
+        atexit.register(self._stop)  # the compiler must not be at work while it is unloaded
+        for thread in self._threads:
+            thread.start()
+
+    def _run(self) -> None:
+        for job in self._jobs:
+            if self._stopped:
+                return
+            with suppress(Exception):  # raised again, and told, where the kernel is needed
+                job()
+
+    def _stop(self) -> None:
+        self._stopped = True
+        for thread in self._threads:
+            thread.join()
 
 
 class KernelWarmUp:
@@ -47,6 +75,7 @@ class KernelWarmUp:
             job.result()
         self._pool.shutdown()
         torch.cuda.synchronize(self._device)
+        _Later(self._later())
 
     def _run(self, job: Callable[[], None]) -> None:
         with torch.inference_mode(), torch.cuda.device(self._device):
@@ -65,6 +94,16 @@ class KernelWarmUp:
         yield self._rope
         yield self._rowwise
         yield self._prepare
+
+    def _later(self) -> list[Callable[[], object]]:
+        """What larger steps will use; who needs one before it is ready waits for it alone."""
+        choice = ProductChoice.of(self._c, self._dtype, self._device)
+        *products, head = products_of(self._c)
+        jobs = [list(many.compile_for(s, choice.max_some, self._device)) for s in products]
+        jobs.append(
+            list(many.compile_for(head, min(choice.max_some, many.MAX_HEAD_ROWS), self._device))
+        )
+        return [job for step in zip_longest(*jobs) for job in step if job is not None]
 
     def _new(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
         return torch.zeros(shape, dtype=dtype or self._dtype, device=self._device)

@@ -62,7 +62,7 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> list[Launch]:
     for module in (few, many):
         monkeypatch.setattr(module, "compile_cubin", lambda s, name, defines: (s, name, defines))
         monkeypatch.setattr(module, "Kernel", Recorder)
-        monkeypatch.setattr(module, "_processors", lambda device: PROCESSORS)
+        monkeypatch.setattr(module, "processors_of", lambda device: PROCESSORS)
         module._variant.cache_clear()
     monkeypatch.setattr(many, "tensor_map", lambda *arguments: bytes(128))
     stream = SimpleNamespace(cuda_stream=0)

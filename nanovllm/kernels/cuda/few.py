@@ -113,14 +113,14 @@ class Shape:
 
 def prepare(shape: Shape, device: torch.device) -> None:
     """Compiles and loads what `product` will use."""
-    processors = _processors(device)
+    processors = processors_of(device)
     flags = shape.norm, shape.bias, shape.gated, shape.residual
     tile = best_tile(shape.n, shape.k, shape.gated, processors)
     _variant(shape.n, shape.k, tile, flags, device, processors)
 
 
 @cache
-def _processors(device: torch.device) -> int:
+def processors_of(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
@@ -149,7 +149,7 @@ def product(
     assert weight.shape[1] == k, "features of x and weight differ"
     assert out.shape == (m, n), "out has another shape"
     check(x, weight, out, norm, bias, residual)
-    processors = _processors(x.device)
+    processors = processors_of(x.device)
     tile = tile or best_tile(n, k, gated, processors)
     flags = norm is not None, bias is not None, gated, residual is not None
     kernel, shared = _variant(n, k, tile, flags, x.device, processors)

@@ -5,14 +5,15 @@ Shape legend: M rows, K input features, N output features (of one of gate and up
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import cache, lru_cache
+from functools import cache, lru_cache, partial
 
 import torch
 from torch import Tensor
 
 from nanovllm.kernels.cuda.build import compile_cubin, read_source
-from nanovllm.kernels.cuda.few import check, pointer
+from nanovllm.kernels.cuda.few import Shape, check, pointer, processors_of
 from nanovllm.kernels.cuda.launch import Kernel, tensor_map
 
 MAX_ROWS = 256
@@ -21,6 +22,7 @@ TILE = 64  # weight rows of a block
 K_STEP = 64
 SHARED_LIMIT = 227 * 1024
 HALF_SHARED = 113 * 1024  # two blocks a multiprocessor: the next kernel's weights arrive meanwhile
+PARAMETERS = "ttiiipiffppppp"  # of the kernel, as `Kernel` names them
 AT_ONCE = 1 << 20  # a lead: the next kernel may start at once
 
 
@@ -107,19 +109,32 @@ def _variant(
     batch: int, tile: Tile, flags: tuple[bool, bool, bool, bool], device: torch.device
 ) -> tuple[Kernel, int]:  # fmt: skip
     """The kernel, and its shared memory in bytes."""
-    scale, bias, gated, residual = flags
     stages = _stages(batch, tile)
-    defines = {
-        "BATCH": batch, "BATCH_GROUPS": tile.groups, "SPLIT": tile.split, "STAGES": stages,
-        "LEAD": tile.lead, "SCALE": int(scale), "BIAS": int(bias), "GATED": int(gated),
-        "RESIDUAL": int(residual),
-    }  # fmt: skip
     ring = max(stages * _stage(batch), _sums(batch))
     shared = -(-(ring + batch * 4 + 16 * stages) // 1024) * 1024
+    return Kernel(_compile(batch, tile, flags), "many", PARAMETERS, device, shared=shared), shared
+
+
+def _compile(batch: int, tile: Tile, flags: tuple[bool, bool, bool, bool]) -> bytes:
+    scale, bias, gated, residual = flags
+    defines = {
+        "BATCH": batch, "BATCH_GROUPS": tile.groups, "SPLIT": tile.split,
+        "STAGES": _stages(batch, tile), "LEAD": tile.lead, "SCALE": int(scale),
+        "BIAS": int(bias), "GATED": int(gated), "RESIDUAL": int(residual),
+    }  # fmt: skip
     multiply = _multiply(batch // tile.groups)
     source = read_source("many.cu").replace("\nWGMMA\n", f"\n{multiply}\n")
-    cubin = compile_cubin(source, "many.cu", defines=defines)
-    return Kernel(cubin, "many", "ttiiipiffppppp", device, shared=shared), shared
+    return compile_cubin(source, "many.cu", defines=defines)
+
+
+def compile_for(
+    shape: Shape, most_rows: int, device: torch.device
+) -> Iterator[Callable[[], object]]:
+    """What compiles the variants for up to so many rows, the fewest rows first."""
+    flags = shape.norm, shape.bias, shape.gated, shape.residual
+    for batch in sorted({batch_of(m) for m in range(1, most_rows + 1)}):
+        tile = best_tile(batch, shape.n, shape.k, shape.gated, processors_of(device))
+        yield partial(_compile, batch, tile, flags)
 
 
 def _multiply(columns: int) -> str:
@@ -152,11 +167,6 @@ def _x_map(pointer: int, m: int, k: int, batch: int) -> bytes:
     return tensor_map(pointer, (k, m), (k * 2,), (K_STEP, batch), torch.bfloat16)
 
 
-@cache
-def _processors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count
-
-
 def product(
     x: Tensor | Rows,
     weight: Tensor,
@@ -184,7 +194,7 @@ def product(
     assert weight.shape[1] == k, "features of x and weight differ"
     assert out.shape == (m, n), "out has another shape"
     check(source, weight, out, bias, norm, after.scaled if after else None)
-    tile = tile or best_tile(m, n, k, gated, _processors(out.device))
+    tile = tile or best_tile(m, n, k, gated, processors_of(out.device))
     batch = batch_of(m)
     flags = rows is not None, bias is not None, gated, after is not None
     kernel, shared = _variant(batch, tile, flags, out.device)
