@@ -14,7 +14,7 @@ from nanovllm.kernels.cuda.launch import available
 from nanovllm.kernels.gpu import linear
 from nanovllm.models.config import DecoderConfig
 
-SMALL = 2048  # hidden size up to which `few` is ahead with one row too
+SMALL = 2048  # hidden size up to which `few` is the fastest
 
 
 def products_of(c: DecoderConfig) -> list[Shape]:
@@ -47,13 +47,13 @@ class ProductChoice:
         if config.mlp_bias:
             return cls()
         cuda = dtype == torch.bfloat16 and available(device) is None
-        streams = cuda and all(few.suits(s.n, s.k) for s in shapes)
+        small = cuda and hidden <= SMALL and all(few.suits(s.n, s.k) for s in shapes)
         fits = cuda and all(many.fits(s.n, s.k) for s in shapes)
-        if not (streams or fits):
+        if not (small or fits):
             return cls(linear.max_rows(hidden))
         return cls(
-            max_triton=0 if streams and hidden <= SMALL else 1,
-            max_few=8 if streams else 0,
+            max_triton=0 if small else 1,
+            max_few=few.MAX_ROWS if small else 0,
             max_some=many.max_rows(hidden) if fits else 0,
         )
 
