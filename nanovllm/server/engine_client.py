@@ -25,7 +25,7 @@ from nanovllm.metrics.base import NullServerMetrics, ServerMetrics
 from nanovllm.outputs import Delta, RequestOutput
 from nanovllm.requests import RequestTracker
 from nanovllm.server import messages
-from nanovllm.server.streams import EngineDeadError, Job, Stream
+from nanovllm.server.streams import EngineDeadError, Job, ShutdownError, Stream
 from nanovllm.text.tokenizer import Tokenizer
 
 SILENT_SECONDS = 5.0
@@ -150,9 +150,13 @@ class EngineClient(asyncio.Protocol):
                     self._finished(request, seq, self._tracker.end(seq, "abort"))
 
     async def close(self, timeout: float) -> None:
-        """Tells the engine to end, and waits until it has hung up, or for timeout seconds."""
+        """Tells the engine to end, and waits until it has hung up, or for timeout seconds.
+
+        What is still in flight ends with ShutdownError.
+        """
         if self._transport is None:
             return  # never connected
+        self._die(ShutdownError("the server is shutting down"))
         self._send(messages.Shutdown())
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self._disconnected.wait(), timeout)
@@ -184,14 +188,17 @@ class EngineClient(asyncio.Protocol):
 
     def die(self, reason: str) -> None:
         """Fails everything in flight with this reason; the first reason stays."""
+        self._die(EngineDeadError(reason))
+
+    def _die(self, error: EngineDeadError) -> None:
         if self.death is not None:
             return
-        self.death = reason
+        self.death = str(error)
         self._metrics.engine_up(False)
         if self.info is not None:  # nothing runs or waits, whatever its last report said
             self._set_load(messages.Load(num_free_blocks=self.info.num_blocks))
         for request in list(self._requests.values()):
-            request.stream.fail(EngineDeadError(reason))
+            request.stream.fail(error)
         self._requests.clear()
         self.num_sequences = 0
         self.changed.set()

@@ -19,7 +19,7 @@ from nanovllm.server.engine_client import EngineClient
 from nanovllm.server.errors import ApiError, engine_failed, from_engine, invalid, unavailable
 from nanovllm.server.output_parser import tool_style
 from nanovllm.server.prompts import PromptEncoder
-from nanovllm.server.streams import EngineDeadError, Job, Stream
+from nanovllm.server.streams import EngineDeadError, Job, ShutdownError, Stream
 from nanovllm.server.structure import StructureCompiler
 from nanovllm.server.tool_calls import ARGS_MARK, CALLS_MARK, ID_MARK
 from nanovllm.server.validate import Limits
@@ -190,6 +190,9 @@ class Service:
             return error
         if isinstance(error, InvalidRequestError):
             return from_engine(error)
+        if isinstance(error, ShutdownError):
+            logger.warning("a request was cut off: %s", error)
+            return unavailable(str(error))
         if isinstance(error, EngineDeadError):
             logger.error("a request was lost: %s", error)
         else:

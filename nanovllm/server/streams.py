@@ -15,6 +15,10 @@ class EngineDeadError(NanoVLLMError):
     """The engine process ended, or answers no more; the message says which."""
 
 
+class ShutdownError(EngineDeadError):
+    """The server ends, and the engine with it: neither has failed."""
+
+
 @dataclass(frozen=True, slots=True)
 class Job:
     """One prompt of a request; text is what the prompt was, if it was text."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import signal
@@ -121,14 +122,22 @@ def test_drain_timeout_and_second_signal(serve: Callable[..., Command]) -> None:
     for drain, number in (("0.2", 1), ("100", 2)):
         server = serve("--drain-timeout", drain)
         (child,) = server.children()
-        thread, answers = in_background(server.port, SLOW | {"n": 128})
+        slow = SLOW | {"n": 60}
+        streaming, events = in_background(server.port, slow | {"stream": True})
         until(lambda port=server.port: running(port))
+        thread, answers = in_background(server.port, slow)
+        until(lambda port=server.port: load(port)["num_requests_waiting"] >= 60)
         for _ in range(number):
             server.process.send_signal(signal.SIGTERM)
             time.sleep(0.3)
         assert server.process.wait(20) == 0
         thread.join(20)
-        assert_error(answers[0][2], "engine_error")
+        streaming.join(20)
+        assert answers[0][0] == 503
+        assert "shutting down" in assert_error(answers[0][2], "unavailable")["message"]
+        *_, last, done = events[0][2].decode().strip().split("\n\n")
+        assert done == "data: [DONE]"
+        assert_error(json.loads(last.removeprefix("data: ")), "unavailable")
         until(lambda pid=child: not alive(pid))
         assert "Traceback" not in server.output()
 
