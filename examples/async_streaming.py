@@ -21,15 +21,12 @@ async def start_of(llm: AsyncLLM, question: str) -> str:
 
 
 async def main(model: str = "demo") -> None:
-    llm = AsyncLLM(model)
-    try:
+    async with AsyncLLM(model) as llm:
         questions = ["What is prefix caching?", "What is preemption?", "Sort 3, 1, 2"]
         answers = await asyncio.gather(*(ask(llm, question) for question in questions))
         for question, answer in zip(questions, answers, strict=True):
             print(f"{question}\n  {answer}")
         print("the first word of another:", await start_of(llm, "Tell me a joke"))
-    finally:
-        llm.close()
 
 
 if __name__ == "__main__":

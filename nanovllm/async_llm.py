@@ -11,7 +11,7 @@ import contextlib
 import queue
 import threading
 from collections.abc import AsyncIterator, Callable
-from typing import Any
+from typing import Any, Self
 
 from nanovllm.errors import EngineClosedError
 from nanovllm.llm import OpenModel
@@ -27,7 +27,8 @@ Command = Callable[[], None]
 class AsyncLLM(OpenModel):
     """`async for delta in llm.generate(...)`; takes the options of `EngineConfig` as keywords.
 
-    May be used from any event loop, and from several.
+    `async with AsyncLLM(...) as llm` closes it at the end of the block. May be used
+    from any event loop, and from several.
     """
 
     def __init__(
@@ -99,6 +100,12 @@ class AsyncLLM(OpenModel):
         """Ends all streams with EngineClosedError and stops the thread. Safe to call twice."""
         self._submit_quietly(self._stop)
         self._thread.join()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await asyncio.to_thread(self.close)  # the step that runs ends first; the loop goes on
 
     # --- on the engine's thread -------------------------------------------------------------
 

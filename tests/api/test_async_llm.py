@@ -6,6 +6,7 @@ import asyncio
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -182,6 +183,25 @@ def test_close_ends_all_streams(text_model: Path) -> None:
 
     asyncio.run(main())
     llm.close()
+
+
+@pytest.mark.parametrize("error", [None, ValueError, asyncio.CancelledError])
+def test_the_end_of_a_block_closes_it(text_model: Path, error: type[BaseException] | None) -> None:
+    async def main() -> None:
+        llm = AsyncLLM(str(text_model), **OPTIONS)
+        with nullcontext() if error is None else pytest.raises(error):
+            async with llm as same:
+                assert same is llm
+                stream = llm.generate(PROMPTS[0], ENDLESS)
+                await anext(stream)
+                if error is not None:
+                    raise error
+        assert not llm._thread.is_alive()
+        with pytest.raises(EngineClosedError):
+            async for _ in stream:
+                pass
+
+    asyncio.run(main())
 
 
 def test_a_step_that_raises_ends_its_streams_alone(llm: AsyncLLM) -> None:
