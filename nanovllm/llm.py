@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Self
+from typing import Any, NoReturn, Self
 
 from nanovllm.build import EngineInfo, build_engine
 from nanovllm.config import EngineConfig
@@ -63,6 +63,14 @@ class OpenModel:
             raise InvalidRequestError("chat needs a tokenizer: skip_tokenizer_init is set")
         text = self._engine.chat_template.render(messages, **options)
         return self.tokenizer.encode(text, add_special_tokens=False)
+
+    def __reduce__(self) -> NoReturn:
+        name = type(self).__name__
+        raise TypeError(
+            f"{name} cannot be pickled or copied: its engine owns threads and the model's memory. "
+            f"Make one {name} in each process, or keep one and send prompts, SamplingParams and "
+            "outputs, which can be pickled"
+        )
 
 
 class LLMEngine(OpenModel):

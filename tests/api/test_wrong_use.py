@@ -24,6 +24,7 @@ from tiny_models import edit_json, make_model
 
 from nanovllm import (
     LLM,
+    AsyncLLM,
     ConfigError,
     ContextLengthError,
     EngineClosedError,
@@ -290,6 +291,23 @@ def test_used_after_close(text_model: Path) -> None:
             use()
     with pytest.raises(EngineClosedError, match="closed"):
         list(llm.stream("a"))
+
+
+@pytest.mark.parametrize("kind", [LLM, LLMEngine, AsyncLLM])
+def test_an_engine_cannot_be_pickled_or_copied(text_model: Path, kind: type[Any]) -> None:
+    engine = kind(str(text_model), **SMALL)
+    expected = rf"{kind.__name__} cannot be pickled or copied.* Make one .* in each process"
+    try:
+        for send in (pickle.dumps, copy.copy, copy.deepcopy):
+            with pytest.raises(TypeError, match=expected):
+                send(engine)
+    finally:
+        engine.close()
+
+
+def test_what_is_sent_in_place_of_an_engine(llm: LLM) -> None:
+    output = llm.generate("a", max_tokens=2, logprobs=1, use_tqdm=False)
+    assert pickle.loads(pickle.dumps(output)).text == output.text
 
 
 def test_directories_that_are_no_model(text_model: Path, tmp_path: Path) -> None:
