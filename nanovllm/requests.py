@@ -74,6 +74,8 @@ class RequestTracker:
     def __init__(self, tokenizer: Tokenizer | None, stop: Callable[[Sequence], object]) -> None:
         self._tokenizer = tokenizer
         self._stop = stop
+        # No method: unread outputs must not keep the tracker, and by `stop` the engine, alive.
+        self._readable = partial(_readable, tokenizer)
         self.outputs: dict[str, RequestOutput] = {}
         self._completions: dict[int, _Completion] = {}  # by sequence id
 
@@ -144,7 +146,8 @@ class RequestTracker:
         output = completion.output
         logprobs: Any = None
         if update.logprobs and completion.logprobs is not None:
-            logprobs = partial(self._all_readable, update.logprobs)  # the delta's, when it is read
+            # The delta's own, made when it is read.
+            logprobs = partial(_all_readable, self._tokenizer, update.logprobs)
             completion.logprobs.add(seq.num_output_tokens - len(update.token_ids), update.logprobs)
             for entry in update.logprobs:
                 output.cumulative_logprob += entry.logprob  # type: ignore[operator]
@@ -186,19 +189,24 @@ class RequestTracker:
                 text += completion.stops.flush()
         return text, stop
 
-    def _all_readable(self, entries: Iterable[TokenLogprobs]) -> tuple[dict[int, Logprob], ...]:
-        return tuple(map(self._readable, entries))
 
-    def _readable(self, entry: TokenLogprobs) -> dict[int, Logprob]:
-        own = entry.token_id
-        found = {own: Logprob(entry.logprob, entry.rank, self._token_text(own))}
-        for rank, (token_id, logprob) in enumerate(entry.top, 1):
-            if token_id != own:
-                found[token_id] = Logprob(logprob, rank, self._token_text(token_id))
-        return found
+def _all_readable(
+    tokenizer: Tokenizer | None, entries: Iterable[TokenLogprobs]
+) -> tuple[dict[int, Logprob], ...]:
+    return tuple(_readable(tokenizer, entry) for entry in entries)
 
-    def _token_text(self, token_id: int) -> str | None:
-        return None if self._tokenizer is None else self._tokenizer.token_text(token_id)
+
+def _readable(tokenizer: Tokenizer | None, entry: TokenLogprobs) -> dict[int, Logprob]:
+    own = entry.token_id
+    found = {own: Logprob(entry.logprob, entry.rank, _token_text(tokenizer, own))}
+    for rank, (token_id, logprob) in enumerate(entry.top, 1):
+        if token_id != own:
+            found[token_id] = Logprob(logprob, rank, _token_text(tokenizer, token_id))
+    return found
+
+
+def _token_text(tokenizer: Tokenizer | None, token_id: int) -> str | None:
+    return None if tokenizer is None else tokenizer.token_text(token_id)
 
 
 def _metrics(seq: Sequence) -> RequestMetrics:

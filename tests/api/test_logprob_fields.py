@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import copy
+import gc
 import pickle
 import struct
+import weakref
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from typing import Any
 
 import pytest
 
-from nanovllm import Delta, Logprob, RequestOutput, SamplingParams
+from nanovllm import Delta, Logprob, RequestOutput, SamplingParams, requests
 from nanovllm.engine.plan import TokenLogprobs
 from nanovllm.engine.scheduler import SequenceUpdate
 from nanovllm.engine.sequence import Sequence
@@ -113,16 +115,25 @@ def test_an_interrupted_look(monkeypatch: pytest.MonkeyPatch) -> None:
     request = Request()
     for token_id in (3, 4, 5):
         request.grow(token_id)
-    made = RequestTracker._token_text
     calls = iter(range(100))
 
-    def interrupted(tracker: RequestTracker, token_id: int) -> str | None:
+    def interrupted(tokenizer: Any, token_id: int) -> None:
         if next(calls) == 4:
             raise KeyboardInterrupt
-        return made(tracker, token_id)
 
-    monkeypatch.setattr(RequestTracker, "_token_text", interrupted)
+    monkeypatch.setattr(requests, "_token_text", interrupted)
     with pytest.raises(KeyboardInterrupt):
         len(request.output.logprobs or ())
     request.grow(6)
     assert request.output.logprobs == [entry(3), entry(4), entry(5), entry(6)]
+
+
+def test_unread_outputs_keep_no_engine_alive() -> None:
+    request = Request()
+    output, delta = request.output, request.grow(3)
+    gone = weakref.ref(request.tracker)
+    del request
+    gc.collect()
+    assert gone() is None
+    assert output.logprobs == [entry(3)]
+    assert delta.logprobs == (entry(3),)
