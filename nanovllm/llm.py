@@ -26,7 +26,7 @@ from nanovllm.prompts import (
 )
 from nanovllm.requests import RequestTracker
 from nanovllm.sampling_params import SamplingParams
-from nanovllm.text.chat import Message
+from nanovllm.text.chat import Message, check_variables
 from nanovllm.text.tokenizer import Tokenizer
 from nanovllm.trace.events import Tracer
 
@@ -278,6 +278,8 @@ class LLM(LLMEngine):
 
         Raises InvalidRequestError if the model has no chat template, or it refuses the messages.
         """
+        variables = {} if chat_template_kwargs is None else chat_template_kwargs
+        check_variables(variables, "chat_template_kwargs")
         single = not messages or isinstance(messages, Mapping) or isinstance(messages[0], Mapping)
         conversations: Any = [messages] if single else messages
         prompts = [
@@ -285,7 +287,7 @@ class LLM(LLMEngine):
                 conversation,
                 tools=tools,
                 add_generation_prompt=add_generation_prompt,
-                **(chat_template_kwargs or {}),
+                **variables,
             )
             for conversation in conversations
         ]

@@ -21,7 +21,7 @@ EncodedPrompt = tuple[str | None, list[int]]  # text if there was one, token ids
 def encode_prompt(
     tokenizer: Tokenizer | None, prompt: Prompt, params: SamplingParams
 ) -> EncodedPrompt:
-    """Raises InvalidRequestError if prompt is neither text nor token ids."""
+    """Raises InvalidRequestError if prompt is neither text nor token ids, or more than one."""
     if tokenizer is None and (params.stop or params.bad_words):
         raise InvalidRequestError("stop strings and bad_words need a tokenizer")
     if isinstance(prompt, str):
@@ -33,6 +33,16 @@ def encode_prompt(
         raise InvalidRequestError(f"a prompt must be a string or a list of token ids: {prompt!r}")
     if set(map(type, items)) == {int}:
         return None, list(items)  # as nearly always, and hundreds of thousands of tokens
+    if items and all(isinstance(unpacked(item), Sequence) for item in items):
+        raise InvalidRequestError(
+            "a prompt must be a string or a list of token ids, got a list of prompts: "
+            "only generate() of LLM and LLMEngine takes several, as one flat list"
+        )
+    if items and all(isinstance(item, Mapping) for item in items):
+        raise InvalidRequestError(
+            "a prompt must be a string or a list of token ids, got a list of messages: "
+            "LLM.chat() answers them, render_chat() makes token ids of them"
+        )
     plain = [whole(item) for item in items]
     # What is no integer stays as it is: the engine names it.
     return None, [item if n is None else n for n, item in zip(plain, items, strict=True)]

@@ -22,25 +22,11 @@ from nanovllm.errors import InvalidRequestError
 from nanovllm.server.errors import invalid
 from nanovllm.server.schemas import ROLES, ChatMessage, ContentPart, ToolCall, ToolSpec
 from nanovllm.server.tool_calls import sound
-from nanovllm.text.chat import ChatTemplate
+from nanovllm.text.chat import ChatTemplate, check_variables
 from nanovllm.text.tokenizer import LONG_TEXT, Tokenizer
 
 MAX_NAMES = 1 << 15  # of special tokens in the texts of a conversation
 UNTRUSTED_ROLES = ("user", "tool")
-RESERVED = {
-    "add_generation_prompt",
-    "chat_template",
-    "conversation",
-    "documents",
-    "messages",
-    "raise_exception",
-    "return_dict",
-    "return_tensors",
-    "self",
-    "strftime_now",
-    "tokenize",
-    "tools",
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,7 +93,10 @@ class PromptEncoder:
     ) -> ChatPrompt:
         """Raises ApiError if the messages are not a conversation, or the template refuses them."""
         variables = dict(variables or {})
-        _check_variables(variables)
+        try:
+            check_variables(variables, "chat_template_kwargs")
+        except InvalidRequestError as error:
+            raise invalid(str(error), "chat_template_kwargs") from None
         mark = f"\ue000{secrets.token_hex(8)}\ue001"
         specs = [_tool(tool, f"tools[{i}]") for i, tool in enumerate(tools or ())]
 
@@ -177,12 +166,6 @@ class PromptEncoder:
 def _alternatives(names: Sequence[str] | Mapping[str, Any]) -> re.Pattern[str] | None:
     words = sorted((name for name in names if len(name) > 1), key=len, reverse=True)
     return re.compile("|".join(map(re.escape, words))) if words else None
-
-
-def _check_variables(variables: Mapping[str, Any]) -> None:
-    for name in variables:
-        if name in RESERVED or name.endswith("_token") or not name.isidentifier():
-            raise invalid(f"chat_template_kwargs cannot set {name[:50]!r}", "chat_template_kwargs")
 
 
 def num_characters(message: ChatMessage) -> int:

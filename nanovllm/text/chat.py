@@ -24,6 +24,20 @@ from nanovllm.errors import InvalidRequestError
 from nanovllm.text.tokenizer import Tokenizer, read_json
 
 Message = Mapping[str, Any]
+PARAMETERS = ("messages", "tools", "add_generation_prompt")
+# Names that the template's call sets itself, or that users of transformers give to its call.
+RESERVED = {
+    *PARAMETERS,
+    "chat_template",
+    "conversation",
+    "documents",
+    "raise_exception",
+    "return_dict",
+    "return_tensors",
+    "self",
+    "strftime_now",
+    "tokenize",
+}
 
 
 class _Generation(jinja2.ext.Extension):
@@ -48,6 +62,21 @@ def _check(message: Any, where: str) -> None:
         raise InvalidRequestError(
             f"{where} (role {role!r}): content must be a string or a list of parts, got {content!r}"
         )
+
+
+def check_variables(variables: object, source: str) -> None:
+    """Raises InvalidRequestError if variables, from this source, are none that a template may have.
+
+    They are a template's own, as `enable_thinking`; not special tokens, nor what has a parameter.
+    """
+    if not isinstance(variables, Mapping):
+        raise InvalidRequestError(f"{source} must be a mapping of names to values: {variables!r}")
+    for name in variables:
+        if not isinstance(name, str):
+            raise InvalidRequestError(f"{source} must have names that are strings, got {name!r}")
+        if name in RESERVED or name.endswith("_token") or not name.isidentifier():
+            hint = ": it is a parameter of its own" if name in PARAMETERS else ""
+            raise InvalidRequestError(f"{source} cannot set {name[:50]!r}{hint}")
 
 
 def _raise(message: str) -> NoReturn:
@@ -114,6 +143,7 @@ class ChatTemplate:
             raise InvalidRequestError(
                 f"messages must be a list of at least one message, got {messages!r}"
             )
+        check_variables(variables, "the template's variables")
         for index, message in enumerate(messages):
             _check(message, f"message {index}")
         try:

@@ -74,7 +74,10 @@ BAD_PROMPTS: list[tuple[Any, type[Exception], str]] = [
     ([[-1]], InvalidRequestError, r"must be in \[0, 383\], got -1"),
     ([[5, True]], InvalidRequestError, "must be an integer: True"),
     ([[5, 1.5]], InvalidRequestError, "must be an integer: 1.5"),
-    ([["a"]], InvalidRequestError, "must be an integer: 'a'"),
+    ([[5, "a"]], InvalidRequestError, "must be an integer: 'a'"),
+    ([["a", "b"]], InvalidRequestError, r"got a list of prompts: only generate\(\) of LLM"),
+    ([[[1, 2], np.array([3])]], InvalidRequestError, "got a list of prompts"),
+    ([[{"role": "user"}]], InvalidRequestError, r"got a list of messages: LLM.chat\(\)"),
     ([None], InvalidRequestError, "a string or a list of token ids: None"),
     ([b"bytes"], InvalidRequestError, "a string or a list of token ids"),
     (["\ud800"], InvalidRequestError, r"not valid Unicode: '\\ud800' after '' is"),
@@ -234,6 +237,24 @@ def test_chats(llm: LLM, models: Any) -> None:
     for bad, message in cases:
         with pytest.raises(InvalidRequestError, match=message):
             llm.chat(bad)
+    variables: list[tuple[Any, str]] = [
+        ({"tools": []}, "chat_template_kwargs cannot set 'tools': it is a parameter of its own"),
+        ({"messages": []}, "cannot set 'messages': it is a parameter of its own"),
+        ({"add_generation_prompt": False}, "cannot set 'add_generation_prompt': it is a par"),
+        ({"eos_token": ""}, "chat_template_kwargs cannot set 'eos_token'$"),
+        ({"documents": []}, "chat_template_kwargs cannot set 'documents'$"),
+        ({"self": 1}, "cannot set 'self'"),
+        ({5: 1}, "must have names that are strings, got 5"),
+        ([1], r"must be a mapping of names to values: \[1\]"),
+        ([], r"must be a mapping of names to values: \[\]"),
+    ]
+    for bad, message in variables:
+        with pytest.raises(InvalidRequestError, match=message):
+            llm.chat([user], chat_template_kwargs=bad)
+    with pytest.raises(
+        InvalidRequestError, match="the template's variables cannot set 'documents'"
+    ):
+        llm.render_chat([user], documents=[])
     with (
         LLM(str(models("qwen3")), skip_tokenizer_init=True, **SMALL) as bare,
         pytest.raises(InvalidRequestError, match="tokenizer"),
