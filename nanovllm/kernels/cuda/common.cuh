@@ -16,7 +16,7 @@ __device__ __forceinline__ u32 shared_address(const void* pointer) {
   return static_cast<u32>(__cvta_generic_to_shared(pointer));
 }
 
-// --- programmatic dependent launch: the next kernel starts before this one has ended -----------
+// --- programmatic dependent launch: the next kernel starts before this one has ended -------------
 //
 // A kernel that lets the next one start before its own wait has ended breaks 'when I start, all but
 // the kernel before me has ended'. So what a kernel reads before its wait must be older than the
@@ -71,7 +71,7 @@ __device__ __forceinline__ void sync_threads(u32 id, u32 threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
 
-// --- asynchronous copies into shared memory ----------------------------------------------------------
+// --- asynchronous copies into shared memory ------------------------------------------------------
 
 // For what is read once a step: it shall not displace other data in the L2 cache.
 __device__ __forceinline__ u64 read_once_policy() {
@@ -121,7 +121,7 @@ __device__ __forceinline__ void prefetch_map(const TensorMap& map) {
   asm volatile("prefetch.tensormap [%0];" ::"l"(&map) : "memory");
 }
 
-// --- clusters of blocks ----------------------------------------------------------------------------
+// --- clusters of blocks --------------------------------------------------------------------------
 
 __device__ __forceinline__ void cluster_sync() {
   asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::
@@ -144,7 +144,7 @@ __device__ __forceinline__ float4 load_of_cluster(u32 address) {
   return value;
 }
 
-// --- bfloat16 ----------------------------------------------------------------------------------------
+// --- bfloat16 ------------------------------------------------------------------------------------
 
 __device__ __forceinline__ u32 pack(float low, float high) {
   u32 packed;

@@ -1,26 +1,26 @@
 // Matrix products with some tens to hundreds of rows, on Hopper's asynchronous tensor cores.
 //
-// out [M, N] = x [M, K] @ weight [N, K].T for M <= BATCH. The weights take the place that has 64 rows in a
-// wgmma instruction, the rows of x the other, which may have any multiple of 8: few rows waste
-// nothing, and a tile holds every row of the batch, so each weight is read once.
+// out [M, N] = x [M, K] @ weight [N, K].T for M <= BATCH. The weights take the place that has 64
+// rows in a wgmma instruction, the rows of x the other, which may have any multiple of 8: few rows
+// waste nothing, and a tile holds every row of the batch, so each weight is read once.
 //
 // One warp keeps a ring of tiles full by the tensor copy engine. It fetches weights before the wait
 // for the kernel before: reading them never stops between two products. A cluster of SPLIT blocks
 // shares K; its blocks' sums meet over distributed shared memory, in the order of their ranks.
 //
-// The norm before a product costs no launch and no pass over x: the product that completes a residual also
-// writes `scaled` = residual * norm and the sums of squares of its features; the next one
-// multiplies `scaled` with its weights and then every row by 1 / rms.
+// The norm before a product costs no launch and no pass over x: the product that completes a
+// residual also writes `scaled` = residual * norm and the sums of squares of its features; the next
+// one multiplies `scaled` with its weights and then every row by 1 / rms.
 //
-// Constants: BATCH, BATCH_GROUPS (warpgroups that share the rows of x), SPLIT, STAGES; SCALE (rows are to be
-// multiplied by 1 / rms), BIAS, GATED (rows of gate and up alternate by eights; SiLU(gate) * up),
-// RESIDUAL (add it, and prepare the next norm), LEAD (the next kernel may start when a block has so
-// many stages left to fetch; -1: as soon as the kernel before has ended).
-// WGMMA is the text of `multiply`, made for BATCH.
+// Constants: BATCH, BATCH_GROUPS (warpgroups that share the rows of x), SPLIT, STAGES; SCALE (rows
+// are to be multiplied by 1 / rms), BIAS, GATED (rows of gate and up alternate by eights;
+// SiLU(gate) * up), RESIDUAL (add it, and prepare the next norm), LEAD (the next kernel may start
+// when a block has so many stages left to fetch; -1: as soon as the kernel before has ended).
+// WGMMA is the text of `multiply`, made for COLUMNS.
 #include "common.cuh"
 
-constexpr int TILE = 64;    // weight rows of a block
-constexpr int K_STEP = 64;             // 128 bytes: the widest swizzle
+constexpr int TILE = 64;  // weight rows of a block
+constexpr int K_STEP = 64;  // 128 bytes: the widest swizzle
 constexpr int CONSUMERS = 128 * BATCH_GROUPS;
 constexpr int COLUMNS = BATCH / BATCH_GROUPS;  // rows of x in one instruction
 constexpr int WEIGHT_BYTES = TILE * K_STEP * 2, X_BYTES = BATCH * K_STEP * 2;
