@@ -17,7 +17,7 @@ from typing import Any
 from nanovllm import ConfigError, EngineConfig
 from nanovllm.bench import workloads
 from nanovllm.bench.shapes import SHAPES, find_shape, write_shape
-from nanovllm.cli.files import check_writable
+from nanovllm.cli.files import check_writable, naming
 from nanovllm.cli.flags import Parser, add_engine_flags, given, refuse
 from nanovllm.cli.terminal import InterruptFlag, Status, say
 
@@ -91,7 +91,8 @@ def run(options: argparse.Namespace) -> int:
         say(report.ceilings_line(done.ceilings))
     if options.json:
         content = report.as_json(["nanovllm", *sys.argv[1:]], done, results)
-        report.write_json(Path(options.json), content)
+        with naming(Path(options.json)):
+            report.write_json(Path(options.json), content)
     return 0
 
 

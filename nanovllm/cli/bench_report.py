@@ -8,6 +8,7 @@ from pathlib import Path
 
 from nanovllm.bench import html, serve_report
 from nanovllm.bench.table import table
+from nanovllm.cli.files import write_file
 from nanovllm.cli.flags import Parser, refuse
 from nanovllm.cli.terminal import YELLOW, say
 
@@ -30,7 +31,7 @@ def run(options: argparse.Namespace) -> int:
         for note in serve_report.notes(content):
             say(f"{name}, {note}", YELLOW)
     if options.html is not None:
-        Path(options.html).write_text(html.page(contents, names), encoding="utf-8")
+        write_file(Path(options.html), html.page(contents, names))
     return 0
 
 

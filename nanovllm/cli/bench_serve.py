@@ -20,7 +20,7 @@ from nanovllm.bench import html, serve_report, serving
 from nanovllm.bench.summary import parse_targets
 from nanovllm.bench.table import table
 from nanovllm.bench.traffic import ARRIVALS, CHAT, PATHS, Load, Range, Traffic
-from nanovllm.cli.files import check_writable
+from nanovllm.cli.files import check_writable, write_file
 from nanovllm.cli.flags import Parser, add_engine_flags, given, refuse
 from nanovllm.cli.terminal import YELLOW, Status, say
 from nanovllm.client.loop import runner
@@ -140,10 +140,9 @@ def _report(content: dict[str, Any], options: argparse.Namespace) -> None:
     for note in serve_report.notes(content):
         say(note, YELLOW)
     if options.json is not None:
-        text = json.dumps(content, ensure_ascii=False)
-        Path(options.json).write_text(text + "\n", encoding="utf-8")
+        write_file(Path(options.json), json.dumps(content, ensure_ascii=False) + "\n")
     if options.html is not None:
-        Path(options.html).write_text(html.page([content], [content["label"]]), encoding="utf-8")
+        write_file(Path(options.html), html.page([content], [content["label"]]))
 
 
 def _without_key(command: Sequence[str]) -> list[str]:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nanovllm import EngineConfig
+from nanovllm.cli.files import write_file
 from nanovllm.cli.flags import Parser, add_engine_flags, given
 from nanovllm.cli.terminal import InterruptFlag, Status
 
@@ -42,7 +43,7 @@ def run(options: argparse.Namespace) -> int:
     if options.json == "-":
         print(text)
     else:
-        Path(options.json).write_text(text + "\n", encoding="utf-8")
+        write_file(Path(options.json), text + "\n")
     return 0
 
 

@@ -16,6 +16,7 @@ from importlib import import_module
 
 from nanovllm import NanoVLLMError, __version__
 from nanovllm.cli.flags import Parser, UsageError
+from nanovllm.cli.output import named_output
 
 USAGE_STATUS = 2
 INTERRUPT_STATUS = 130  # 128 + SIGINT, as shells report it
@@ -68,6 +69,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             stream.reconfigure(errors="replace")  # a terminal without Chinese is no reason to die
     if isinstance(sys.stdin, io.TextIOWrapper):
         sys.stdin.reconfigure(errors="surrogateescape")  # the engine refuses what is no text
+    with named_output():
+        return _run(arguments)
+
+
+def _run(arguments: list[str]) -> int:
     try:
         status = _dispatch(arguments)
         sys.stdout.flush()
@@ -81,7 +87,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return PIPE_STATUS
     except OSError as error:
-        return _fail(f"nanovllm: {error}", status=1)
+        words = str(error) if error.filename is not None else error.strerror or str(error)
+        return _fail(f"nanovllm: {words}", status=1)
     except KeyboardInterrupt:
         return INTERRUPT_STATUS
 

@@ -212,6 +212,15 @@ def test_a_live_server(
     live.wait_until_idle()
 
 
+@pytest.mark.parametrize("flag", ["--json", "--html"])
+def test_a_full_disk_names_the_file(cli: Any, live: Live, flag: str) -> None:
+    line = ("--url", live.url, "--api-key", KEY, *SMALL, "--concurrency", "1", flag, "/dev/full")
+    result = bench(cli, *line)
+    assert result.status == 1
+    assert result.err == "nanovllm: [Errno 28] No space left on device: '/dev/full'\n"
+    assert "1 client" in result.out  # what was measured is not lost
+
+
 def test_a_rate_is_kept(cli: Any, live: Live, tmp_path: Path) -> None:
     file = tmp_path / "out.json"
     line = ("--url", live.url, "--api-key", KEY, *SMALL, "--request-rate", "20", "--json", file)

@@ -183,16 +183,36 @@ def test_an_unwritable_file_is_one_line(cli: Any, tiny: Path) -> None:
     assert result.err.count("\n") == 1
 
 
-@pytest.mark.parametrize("command", ["generate", "chat", "generate --json"])
-def test_a_full_disk_is_one_line_and_a_failure(tiny: Path, command: str) -> None:
-    arguments = [*MODULE, *command.split(), "--model", str(tiny), "--max-tokens", "4"]
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+@pytest.mark.parametrize("command", ["generate", "chat", "generate --json", "info", "--version"])
+def test_a_full_disk_is_one_line_and_a_failure(tiny: Path, command: str, unbuffered: str) -> None:
+    arguments = [*MODULE, *command.split()]
+    if command != "--version":
+        arguments += ["--model", str(tiny)]
+    if command.startswith(("generate", "chat")):
+        arguments += ["--max-tokens", "4"]
     with open("/dev/full", "w") as full:
         result = subprocess.run(
-            arguments, stdout=full, stderr=subprocess.PIPE, input="hi\nhi\n", text=True
+            arguments,
+            stdout=full,
+            stderr=subprocess.PIPE,
+            input="hi\nhi\n",
+            text=True,
+            env=os.environ | {"PYTHONUNBUFFERED": unbuffered},
         )
     assert result.returncode == 1
-    assert result.stderr.count("\n") == 1
-    assert "No space left on device" in result.stderr
+    assert result.stderr == "nanovllm: standard output: No space left on device\n"
+
+
+def test_a_full_disk_names_the_file(cli: Any, tiny: Path, tmp_path: Path) -> None:
+    file = tmp_path / "found.json"
+    file.symlink_to("/dev/full")
+    said = f"nanovllm: [Errno 28] No space left on device: '{file}'\n"
+    result = cli("info", "--model", tiny, "--json", file)
+    assert (result.status, result.err) == (1, said)
+    lengths = ("--num-requests", "1", "--scale", "0.02", "--repeats", "1")
+    result = cli("bench", "--model", tiny, "--json", file, *lengths)
+    assert (result.status, result.err.splitlines(keepends=True)[-1]) == (1, said)
 
 
 @pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
