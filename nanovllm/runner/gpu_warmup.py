@@ -1,7 +1,7 @@
 """Compiles the kernels of the first steps in parallel, while the weights are still being read.
 
-Each job launches one kernel on a few made-up rows, in the variant that the model will use; Triton
-keeps what it compiled on disk, so all but the first start find it there.
+Each job launches one Triton kernel on a few made-up rows, or loads one in CUDA C++, in the variant
+that the model will use. What was compiled is kept on disk: all but the first start find it there.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from threading import Thread
 import torch
 from torch import Tensor
 
+from nanovllm.kernels import cache
 from nanovllm.kernels.cuda import few, many
 from nanovllm.kernels.gpu import attention, linear, prepare, rowwise, sampling
 from nanovllm.models.config import DecoderConfig
@@ -63,11 +64,13 @@ class KernelWarmUp:
         block_size: int,
         max_model_len: int,
     ) -> None:
-        self._c, self._dtype, self._device = config, dtype, device
+        # With its number, as tensors have it: loaded kernels are kept by device.
+        index = torch.cuda.current_device() if device.index is None else device.index
+        self._c, self._dtype, self._device = config, dtype, torch.device("cuda", index)
         self._cache_dtype = cache_dtype
         self._block_size, self._max_model_len = block_size, max_model_len
         self._pool = ThreadPoolExecutor(NUM_THREADS, thread_name_prefix="nanovllm-compile")
-        self._pdl = torch.cuda.get_device_capability(device) >= (9, 0)
+        self._pdl = torch.cuda.get_device_capability(self._device) >= (9, 0)
         self._jobs: list[Future[None]] = [self._pool.submit(self._run, job) for job in self._all()]
 
     def wait(self) -> None:
@@ -97,6 +100,8 @@ class KernelWarmUp:
 
     def _later(self) -> list[Callable[[], object]]:
         """What larger steps will use; who needs one before it is ready waits for it alone."""
+        if cache.writable_directory() is None:  # nothing would be kept
+            return []
         choice = ProductChoice.of(self._c, self._dtype, self._device)
         *products, head = products_of(self._c)
         jobs = [list(many.compile_for(s, choice.max_some, self._device)) for s in products]
