@@ -8,17 +8,22 @@ from __future__ import annotations
 
 import argparse
 import logging
-from dataclasses import fields
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
 from difflib import get_close_matches
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from nanovllm import ConfigError, EngineConfig
 from nanovllm.cli.flags import Parser, add_engine_flags
 
+if TYPE_CHECKING:
+    from nanovllm.server.service import ServerConfig
+
 NEEDS = ("msgspec", "prometheus_client", "starlette", "uvicorn", "uvloop", "httptools", "yaml")
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
+LOG_LEVELS = ("debug", "info", "warning", "error")
 LISTS = ("api_key", "served_model_name")
 SERVER_FLAGS: dict[str, tuple[str, dict[str, Any]]] = {
     "host": ("address to listen on; 0.0.0.0 is every one", {"metavar": "ADDRESS"}),
@@ -75,33 +80,25 @@ def run(options: argparse.Namespace) -> int:
     # What the check above has found; no other command needs them.
     from nanovllm.server.launch import serve
     from nanovllm.server.messages import LOG_FORMAT
-    from nanovllm.server.service import ServerConfig
 
-    values = _values(options)
-    level = str(values.pop("log_level", "info")).upper()
-    if level not in ("DEBUG", "INFO", "WARNING", "ERROR"):
-        raise ConfigError(f"log_level must be debug, info, warning or error, got {level.lower()}")
-    logging.basicConfig(level=level, format=LOG_FORMAT)
-    chat_template = values.pop("chat_template", None)
-    in_process = values.pop("in_process", False)
-    if not isinstance(in_process, bool):
-        raise ConfigError(f"in_process must be true or false, got {in_process!r}")
-    engine_names = {field.name for field in fields(EngineConfig)}
-    engine = {name: value for name, value in values.items() if name in engine_names}
-    server = {name: value for name, value in values.items() if name not in engine_names}
-    config = ServerConfig(
-        api_keys=tuple(server.pop("api_key", ())),
-        served_model_names=tuple(server.pop("served_model_name", ())),
-        **server,
-    )
-    if config.host not in LOOPBACK and not config.api_keys:
+    flags = _flags(options)
+    in_file = _read_file(options.config) if options.config is not None else {}
+    used = {name: value for name, value in in_file.items() if name not in flags}
+    try:
+        _options(used)
+    except ConfigError as error:
+        raise ConfigError(f"{options.config}: {error}") from None
+    chosen = _options(used | flags)
+    logging.basicConfig(level=chosen.log_level.upper(), format=LOG_FORMAT)
+    server = chosen.server
+    if server.host not in LOOPBACK and not server.api_keys:
         logging.warning("%s: everybody who reaches it may use it; --api-key asks for a key",
-                        config.host)  # fmt: skip
+                        server.host)  # fmt: skip
     return serve(
-        config,
-        EngineConfig.from_kwargs(**engine),
-        chat_template=chat_template,
-        in_process=in_process,
+        server,
+        chosen.engine,
+        chat_template=chosen.chat_template,
+        in_process=chosen.in_process,
     )
 
 
@@ -114,14 +111,47 @@ def need_extra(command: str) -> None:
         )
 
 
-def _values(options: argparse.Namespace) -> dict[str, Any]:
-    """The file's values under those of the flags."""
+@dataclass(frozen=True, slots=True)
+class _Options:
+    server: ServerConfig
+    engine: EngineConfig
+    chat_template: str | None
+    in_process: bool
+    log_level: str
+
+
+def _options(values: Mapping[str, Any]) -> _Options:
+    """Raises ConfigError, which names the first of the values that is wrong."""
+    # Loads what need_extra has found.
+    from nanovllm.server.service import ServerConfig
+
+    rest = dict(values)
+    level = str(rest.pop("log_level", "info")).lower()
+    if level not in LOG_LEVELS:
+        raise ConfigError(f"log_level must be debug, info, warning or error, got {level}")
+    chat_template = rest.pop("chat_template", None)
+    if not isinstance(chat_template, str | None):
+        raise ConfigError(f"chat_template must be the name of a file, got {chat_template!r}")
+    in_process = rest.pop("in_process", False)
+    if not isinstance(in_process, bool):
+        raise ConfigError(f"in_process must be true or false, got {in_process!r}")
+    engine_names = {field.name for field in fields(EngineConfig)}
+    engine = {name: rest.pop(name) for name in values if name in engine_names}
+    server = ServerConfig(
+        api_keys=tuple(rest.pop("api_key", ())),
+        served_model_names=tuple(rest.pop("served_model_name", ())),
+        **rest,
+    )
+    return _Options(server, EngineConfig.from_kwargs(**engine), chat_template, in_process, level)
+
+
+def _flags(options: argparse.Namespace) -> dict[str, Any]:
+    """What the command line itself says."""
     flags = dict(vars(options))
-    path, model = flags.pop("config"), flags.pop("model_name")
+    model = flags.pop("model_name")
+    flags.pop("config")
     flags.pop("help", None)
-    if model is not None:
-        flags["model"] = model
-    return (_read_file(path) if path is not None else {}) | flags
+    return flags if model is None else flags | {"model": model}
 
 
 def _read_file(path: str) -> dict[str, Any]:

@@ -345,13 +345,27 @@ def test_yaml_and_flags(tmp_path: Path, model_dir: Path, monkeypatch: pytest.Mon
     )  # fmt: skip
     assert (engine.max_num_seqs, engine.model) == (9, str(model_dir))
     assert named == {"chat_template": None, "in_process": False}
-    for text in ("prot: 1", "port: abc", "any-model: 5", "- 1", "a: [", "port: true",
-                 "chat-template: 5", "drain-timeout: x", "api-key: 123", "api-key: [a, 1]",
-                 "api-key:", "api-key: |\n  secret", "served-model-name: 7",
-                 "in-process: 5"):  # fmt: skip
-        path.write_text(text + "\n")
-        monkeypatch.undo()
-        assert main(["serve", str(model_dir), "--config", str(path)]) == 2, text
+    path.write_text("port: 5\ndtype: float8\n")  # a flag wins over what is wrong, too
+    assert main(["serve", str(model_dir), "--config", str(path), "--dtype", "auto"]) == 0
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["prot: 1", "port: abc", "port: true", "any-model: 5", "drain-timeout: x", "chat-template: 5",
+     "api-key: 123", "api-key: [a, 1]", "api-key:", "api-key: |\n  secret", "served-model-name: 7",
+     "in-process: 5", "log-level: loud", "max-num-seqs: x", "dtype: float8", "seed: x", "model: 5",
+     "on-engine-death: pray", "gpu-memory-utilization: 2", "- 1", "a: ["],
+)  # fmt: skip
+def test_a_wrong_file_names_itself_and_the_key(
+    text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "server.yaml"
+    path.write_text(text + "\n")
+    assert main(["serve", "--config", str(path), "--host", "127.0.0.1"]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith(f"nanovllm: {path}")
+    assert text.startswith(("- ", "a: [")) or text.split(":")[0].replace("-", "_") in said
+    assert said.count("\n") == 1
 
 
 def test_help_is_short(capsys: pytest.CaptureFixture[str]) -> None:
