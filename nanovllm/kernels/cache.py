@@ -50,7 +50,8 @@ def _directories() -> list[Path]:
     home = Path(root) if root else Path(os.path.expanduser("~")) / ".cache"
     user = os.getuid() if hasattr(os, "getuid") else 0
     places = [home / "nanovllm", Path(tempfile.gettempdir()) / f"nanovllm-{user}"]
-    return [directory for directory in places if _is_trusted(directory)]
+    # A path is relative where the user has no home: not into whatever directory this runs in.
+    return [path for path in places if path.is_absolute() and _is_trusted(path)]
 
 
 def _is_trusted(directory: Path) -> bool:

@@ -87,6 +87,19 @@ def test_without_a_directory_each_call_compiles(
     assert len(compiled) == 2
 
 
+@pytest.mark.parametrize("root", ["", "here"])
+def test_a_user_without_a_home_has_nothing_beside_the_work(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, root: str
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", root)
+    monkeypatch.setattr(cache.os.path, "expanduser", lambda path: path)
+    monkeypatch.chdir(tmp_path)
+    directory = cache.writable_directory()
+    assert directory is not None
+    assert directory.parent == tmp_path
+    assert list(tmp_path.iterdir()) == [directory]
+
+
 def test_a_full_disk_is_no_error(
     compiled: list[str], monkeypatch: pytest.MonkeyPatch, directory: Path
 ) -> None:
