@@ -75,7 +75,7 @@ Command = Add | Abort | Stop | Shutdown
 
 
 class Ready(Message, frozen=True):
-    """The model is loaded. The fields are those of build.EngineInfo; choices is in words."""
+    """The model is loaded. The fields are of build.EngineInfo, not all; choices is in words."""
 
     model: str
     device: str
