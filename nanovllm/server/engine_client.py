@@ -57,6 +57,7 @@ class EngineClient(asyncio.Protocol):
         self.num_sequences = 0
         self.busy_seconds = 0.0
         self._last_report = time.monotonic()
+        self._ready_since: float | None = None
         self._metrics = metrics or NullServerMetrics()
         self._transport: asyncio.Transport | None = None
         self._frames = messages.Frames()
@@ -76,6 +77,11 @@ class EngineClient(asyncio.Protocol):
     def silent_seconds(self) -> float:
         """Since the last report of the engine; it sends two a second, even when idle."""
         return time.monotonic() - self._last_report
+
+    @property
+    def served_seconds(self) -> float:
+        """Since the engine was ready, 0 before that."""
+        return 0.0 if self._ready_since is None else time.monotonic() - self._ready_since
 
     def trouble(self) -> str | None:
         """Why the engine cannot serve at this moment, or None."""
@@ -214,6 +220,7 @@ class EngineClient(asyncio.Protocol):
             self._refused(report)
         elif isinstance(report, messages.Ready):
             self.info = report
+            self._ready_since = time.monotonic()
             self._metrics.engine_ready(report.num_blocks)
             self._set_load(messages.Load(num_free_blocks=report.num_blocks))
             self.changed.set()

@@ -37,6 +37,8 @@ BACKLOG = 2048
 MAX_FILES = 65536
 DEATH_LINGER = 1.0  # seconds in which /health says what happened before the server exits
 END_SECONDS = 5.0  # for the engine's process to end when it is told to
+STEADY_SECONDS = 60.0  # an engine that served for so long is replaced at once
+FIRST_DELAY, MAX_DELAY = 1.0, 30.0
 
 
 class EngineProcess:
@@ -172,6 +174,23 @@ def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop]:
     return uvloop.new_event_loop
 
 
+class Backoff:
+    """How long to wait before another engine, so that a fault that comes back costs little.
+
+    Nothing after an engine that served for a minute; else 1, 2, 4, ... 30 s, while the next ones
+    end as soon.
+    """
+
+    def __init__(self) -> None:
+        self._delay = 0.0
+
+    def after(self, served_seconds: float) -> float:
+        """Seconds."""
+        steady = served_seconds >= STEADY_SECONDS
+        self._delay = 0.0 if steady else min(max(2 * self._delay, FIRST_DELAY), MAX_DELAY)
+        return self._delay
+
+
 class Run:
     """One life of a server. `restart` starts another engine; without it the server ends with its.
 
@@ -191,6 +210,7 @@ class Run:
         self._sock = sock
         self._status = 0
         self._ends: set[asyncio.Task[None]] = set()
+        self._backoff = Backoff()
         self.http = HttpServer(service)
 
     async def run(self) -> int:
@@ -244,12 +264,17 @@ class Run:
         while True:
             client = self._service.client
             await self._attend(client)
+            served = client.served_seconds
             logger.error("%s", client.death)
             if self._restart is None or client.info is None or self._service.draining:
                 break
             await client.close(END_SECONDS)
             await asyncio.to_thread(self.worker.end)
-            logger.warning("another engine is started")
+            delay = self._backoff.after(served)
+            logger.warning(
+                "another engine is started in %g s: this one served for %.0f s", delay, served
+            )
+            await asyncio.sleep(delay)
             self._service.client = self._service.new_client()
             self.worker = self._restart()
             await self._service.client.connect(self.worker.sock)

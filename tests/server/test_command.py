@@ -17,6 +17,7 @@ import openai
 import pytest
 
 from nanovllm.cli.main import main
+from nanovllm.server.launch import Backoff
 
 from .live_server import Command, assert_error, command, request
 
@@ -195,6 +196,25 @@ def test_another_engine_is_started_if_that_is_wanted(serve: Callable[..., Comman
     assert child not in seen
     assert server.end() == 0
     until(lambda: not alive(child))
+    said = server.output()
+    assert "Traceback" not in said
+    assert re.findall(r"another engine is started in (\d+) s: this one served", said) == ["1", "2"]
+
+
+def test_engines_that_end_soon_are_replaced_ever_later() -> None:
+    backoff = Backoff()
+    assert [backoff.after(3.0) for _ in range(7)] == [1, 2, 4, 8, 16, 30, 30]
+    assert backoff.after(60.0) == 0
+    assert backoff.after(59.0) == 1
+    assert [backoff.after(0.0) for _ in range(5000)][-1] == 30
+
+
+def test_a_server_without_an_engine_ends_when_told(serve: Callable[..., Command]) -> None:
+    server = serve("--on-engine-death", "restart")
+    (child,) = server.children()
+    os.kill(child, signal.SIGKILL)
+    until(lambda: request(server.port, "GET", "/health")[0] == 503)
+    assert server.end() == 0
     assert "Traceback" not in server.output()
 
 
