@@ -40,7 +40,7 @@ def build_batch(plan: StepPlan, rows: RowState, device: torch.device) -> Batch:
     size = rows.block_size
     slots = rows.block_tables[row_of_token, positions // size].astype(np.int64) * size
     slots += positions % size
-    columns = -(-int(context_lens.max()) // size)
+    columns = -(-int(np.max(context_lens)) // size)
     samples = np.array([step.sample for step in plan.rows], bool)
 
     def upload(array: NDArray[np.generic]) -> Tensor:
@@ -53,8 +53,8 @@ def build_batch(plan: StepPlan, rows: RowState, device: torch.device) -> Batch:
         block_tables=upload(rows.block_tables[ids, :columns]),
         slot_mapping=upload(slots),
         positions=on_device,
-        max_q_len=int(q_lens.max()),
-        max_context_len=int(context_lens.max()),
+        max_q_len=int(np.max(q_lens)),
+        max_context_len=int(np.max(context_lens)),
     )
     return Batch(
         token_ids=rows.tokens[upload(row_of_token), on_device].long(),

@@ -84,7 +84,7 @@ class Layout:
         ends = q_lens.cumsum()
         self._pack_tokens(words, state, ids, q_lens, context - ends)
         self._pack_rows(words, sampling, ids, context, ends, samples)
-        columns = -(-int(context.max()) // state.block_size)
+        columns = -(-int(np.max(context)) // state.block_size)
         words[e] = columns
         end = f + len(ids) * columns
         words[f:end].reshape(len(ids), columns)[:] = state.block_tables[ids, :columns]

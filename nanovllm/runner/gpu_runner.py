@@ -138,7 +138,7 @@ class GpuModelRunner(ModelRunner):
         s, n = self._sampling, len(ids)
         words = self._uploader.begin()
         context = self.rows.num_computed[ids] + 1
-        columns = -(-int(context.max()) // self.rows.block_size)
+        columns = -(-int(np.max(context)) // self.rows.block_size)
         words[0] = columns
         lines = words[HEADER : HEADER + WORDS_PER_ROW * size].reshape(WORDS_PER_ROW, size)
         lines[0, n:], lines[1, n:], lines[2, n:] = -1, 0, 0
@@ -199,12 +199,12 @@ class GpuModelRunner(ModelRunner):
         layout = Layout(int(q_lens.sum()), len(ids))
         self._upload_any(layout, ids, q_lens, samples)
         inputs = layout.views(self._uploader.device_words)
-        context = int((self.rows.num_computed[ids] + q_lens).max())
+        context = int(np.max(self.rows.num_computed[ids] + q_lens))
         columns = -(-context // self.rows.block_size)
         batch = AttentionBatch(
             inputs.cu_q_lens, inputs.context_lens,
             inputs.tables[: len(ids) * columns].view(len(ids), columns), inputs.slots,
-            inputs.positions, int(q_lens.max()), context, int(q_lens.min()),
+            inputs.positions, int(np.max(q_lens)), context, int(np.min(q_lens)),
         )  # fmt: skip
         residual = self._forward.hidden(self._gather(inputs), batch, self.kv_cache)
         prompt = {}
