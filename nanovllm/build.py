@@ -191,6 +191,7 @@ def _start_compiling(
         device=platform.device,
         block_size=platform.block_size,
         max_model_len=config.max_model_len or decoder.max_position,
+        batch_invariant=config.batch_invariant,
     ).wait
 
 

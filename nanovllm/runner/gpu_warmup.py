@@ -63,12 +63,16 @@ class KernelWarmUp:
         device: torch.device,
         block_size: int,
         max_model_len: int,
+        batch_invariant: bool,
     ) -> None:
         # With its number, as tensors have it: loaded kernels are kept by device.
         index = torch.cuda.current_device() if device.index is None else device.index
         self._c, self._dtype, self._device = config, dtype, torch.device("cuda", index)
         self._cache_dtype = cache_dtype
         self._block_size, self._max_model_len = block_size, max_model_len
+        # The products of `batch_invariant` are compiled when they are first met.
+        own = ProductChoice.of(config, dtype, self._device)
+        self._choice = ProductChoice() if batch_invariant else own
         self._pool = ThreadPoolExecutor(NUM_THREADS, thread_name_prefix="nanovllm-compile")
         self._pdl = torch.cuda.get_device_capability(self._device) >= (9, 0)
         self._jobs: list[Future[None]] = [self._pool.submit(self._run, job) for job in self._all()]
@@ -88,11 +92,10 @@ class KernelWarmUp:
         """The slowest to compile come first."""
         yield self._decode
         yield self._choose
-        choice = ProductChoice.of(self._c, self._dtype, self._device)
         for shape in products_of(self._c):
-            if choice.few(1) is linear.linear:
+            if self._choice.few(1) is linear.linear:
                 yield partial(self._linear, shape)
-            if choice.max_few:
+            if self._choice.max_few:
                 yield partial(few.prepare, shape, self._device)
         yield self._rope
         yield self._rowwise
@@ -102,12 +105,10 @@ class KernelWarmUp:
         """What larger steps will use; who needs one before it is ready waits for it alone."""
         if cache.writable_directory() is None:  # nothing would be kept
             return []
-        choice = ProductChoice.of(self._c, self._dtype, self._device)
         *products, head = products_of(self._c)
-        jobs = [list(many.compile_for(s, choice.max_some, self._device)) for s in products]
-        jobs.append(
-            list(many.compile_for(head, min(choice.max_some, many.MAX_HEAD_ROWS), self._device))
-        )
+        most, device = self._choice.max_some, self._device
+        jobs = [list(many.compile_for(shape, most, device)) for shape in products]
+        jobs.append(list(many.compile_for(head, min(most, many.MAX_HEAD_ROWS), device)))
         return [job for step in zip_longest(*jobs) for job in step if job is not None]
 
     def _new(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:

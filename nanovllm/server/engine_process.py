@@ -253,7 +253,13 @@ def ready_message(info: EngineInfo) -> messages.Ready:
     )
 
 
-def serve_engine(sock: socket.socket, config: EngineConfig, on_gone: Callable[[], None]) -> bool:
+def serve_engine(
+    sock: socket.socket,
+    config: EngineConfig,
+    on_gone: Callable[[], None],
+    *,
+    own_process: bool = False,
+) -> bool:
     """Loads the model and obeys until the end; False if it ended with an error, which was sent."""
     link = Link(sock, on_gone)
     try:
@@ -262,7 +268,8 @@ def serve_engine(sock: socket.socket, config: EngineConfig, on_gone: Callable[[]
         link.prepare = compiler_for(engine.core)
         with contextlib.suppress(NanoVLLMError):  # whoever asks for a form is told then
             engine.core.check_structure(SamplingParams(structured_output=ANY_TEXT))
-        gc.freeze()  # full collections would look at all that was imported: 50 ms and more
+        if own_process:
+            gc.freeze()  # full collections would look at all that was imported: 50 ms and more
         link.send(ready_message(engine.info))
         EngineLoop(engine.core, link, events).run()
         return True
@@ -283,7 +290,8 @@ def main(argv: list[str]) -> int:
     given = msgspec.json.decode(sys.stdin.buffer.read())
     logging.basicConfig(level=given["log_level"], format=messages.LOG_FORMAT)
     config = EngineConfig.from_kwargs(**given["engine"])
-    done = serve_engine(socket.socket(fileno=int(argv[1])), config, lambda: os._exit(0))
+    sock = socket.socket(fileno=int(argv[1]))
+    done = serve_engine(sock, config, lambda: os._exit(0), own_process=True)
     return 0 if done else 1
 
 

@@ -19,18 +19,12 @@ def randn(*shape, dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("size", [32, 80, 1000])
-def test_norms(size, dtype):
+def test_norm(size, dtype):
     torch.manual_seed(0)
-    x, residual, weight = randn(3, 2 * size, dtype=dtype), randn(3, size, dtype=dtype), None
-    x = x[:, :size]  # strided rows
+    x = randn(3, 2 * size, dtype=dtype)[:, :size]  # strided rows
     weight = randn(size, dtype=dtype)
     want = OPS.rms_norm(x.float(), weight.float(), 1e-6)
     assert relative_error(kernels.rms_norm(x, weight, 1e-6), want) < tolerance(dtype)
-    expected = residual.clone()
-    want = OPS.add_rms_norm(x, expected, weight, 1e-6)
-    got = kernels.add_rms_norm(x, residual, weight, 1e-6)
-    assert relative_error(got, want) < tolerance(dtype)
-    torch.testing.assert_close(residual, expected)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

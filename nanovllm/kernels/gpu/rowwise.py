@@ -18,17 +18,15 @@ from triton.language.extra import cuda as tl_cuda
 @triton.jit
 def _norm_kernel(
     x_ptr,
-    residual_ptr,
     weight_ptr,
     out_ptr,
     x_stride,
     eps,
     K: tl.constexpr,
     K_PAD: tl.constexpr,
-    ADD: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Grid (rows): residual += x if ADD, then RMSNorm times weight."""
+    """Grid (rows): RMSNorm times weight."""
     row = tl.program_id(0).to(tl.int64)
     k = tl.arange(0, K_PAD)
     mask = k < K
@@ -37,10 +35,6 @@ def _norm_kernel(
         tl_cuda.gdc_wait()
         tl_cuda.gdc_launch_dependents()
     x = tl.load(x_ptr + row * x_stride + k, mask=mask, other=0.0)
-    if ADD:
-        residual = tl.load(residual_ptr + row * K + k, mask=mask, other=0.0)
-        x = (x.to(tl.float32) + residual.to(tl.float32)).to(x.dtype)
-        tl.store(residual_ptr + row * K + k, x, mask=mask)
     wide = x.to(tl.float32)
     scale = tl.rsqrt(tl.sum(wide * wide, 0) / K + eps)
     out = (wide * scale).to(x.dtype).to(tl.float32) * weight
@@ -58,23 +52,8 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, *, pdl: bool = False) -> Ten
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     options = {"launch_pdl": True} if pdl else {}
     _norm_kernel[(len(rows),)](
-        rows, rows, weight, out, rows.stride(0), eps, size, triton.next_power_of_2(size), False,
-        pdl, num_warps=_warps(size), **options,
-    )  # fmt: skip
-    return out
-
-
-def add_rms_norm(
-    x: Tensor, residual: Tensor, weight: Tensor, eps: float, *, pdl: bool = False
-) -> Tensor:
-    """residual [T, K] += x in place, then the norm of residual."""
-    size = x.shape[-1]
-    assert residual.is_contiguous(), "rows must follow one another"
-    out = torch.empty_like(residual)
-    options = {"launch_pdl": True} if pdl else {}
-    _norm_kernel[(len(x),)](
-        x, residual, weight, out, x.stride(0), eps, size, triton.next_power_of_2(size), True,
-        pdl, num_warps=_warps(size), **options,
+        rows, weight, out, rows.stride(0), eps, size, triton.next_power_of_2(size), pdl,
+        num_warps=_warps(size), **options,
     )  # fmt: skip
     return out
 
