@@ -276,11 +276,14 @@ class LLM(LLMEngine):
     ) -> Any:
         """Answers a conversation, or each of several; messages are {"role": ..., "content": ...}.
 
+        A content is a string or a list of parts {"type": "text", "text": ...}, joined by newlines.
+
         Raises InvalidRequestError if the model has no chat template, or it refuses the messages.
         """
         variables = {} if chat_template_kwargs is None else chat_template_kwargs
         check_variables(variables, "chat_template_kwargs")
-        single = not messages or isinstance(messages, Mapping) or isinstance(messages[0], Mapping)
+        several = isinstance(messages, Sequence) and not isinstance(messages, (str, bytes))
+        single = not several or not messages or isinstance(messages[0], Mapping)
         conversations: Any = [messages] if single else messages
         prompts = [
             self.render_chat(

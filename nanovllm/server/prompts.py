@@ -22,7 +22,7 @@ from nanovllm.errors import InvalidRequestError
 from nanovllm.server.errors import invalid
 from nanovllm.server.schemas import ROLES, ChatMessage, ContentPart, ToolCall, ToolSpec
 from nanovllm.server.tool_calls import sound
-from nanovllm.text.chat import ChatTemplate, check_variables
+from nanovllm.text.chat import ChatTemplate, check_variables, join_parts, part_text
 from nanovllm.text.tokenizer import LONG_TEXT, Tokenizer
 
 MAX_NAMES = 1 << 15  # of special tokens in the texts of a conversation
@@ -184,21 +184,14 @@ def _text(message: ChatMessage, where: str) -> str:
         raise invalid(f"{where}.content must be a string or a list of parts", f"{where}.content")
     if isinstance(content, str):
         return content
-    return "\n".join(_part(part, f"{where}.content[{i}]") for i, part in enumerate(content))
+    return join_parts(_part(part, f"{where}.content[{i}]") for i, part in enumerate(content))
 
 
 def _part(part: ContentPart, where: str) -> str:
-    if part.type in ("text", "input_text", "output_text") and part.text is not None:
-        return part.text
-    if part.type == "refusal" and part.refusal is not None:
-        return part.refusal
-    if part.type == "text":
-        raise invalid(f"{where} has no text", where)
-    raise invalid(
-        f"{where} is of type {part.type[:50]!r}: this model reads text only, and no address in a "
-        "request is ever fetched",
-        where,
-    )
+    try:
+        return part_text(msgspec.structs.asdict(part), where)
+    except InvalidRequestError as error:
+        raise invalid(str(error), where) from None
 
 
 def _tool(tool: ToolSpec, where: str) -> dict[str, Any]:

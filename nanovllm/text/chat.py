@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import datetime
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, NoReturn
@@ -25,6 +25,7 @@ from nanovllm.text.tokenizer import Tokenizer, read_json
 
 Message = Mapping[str, Any]
 PARAMETERS = ("messages", "tools", "add_generation_prompt")
+EXAMPLE = '[{"role": "user", "content": "..."}]'
 # Names that the template's call sets itself, or that users of transformers give to its call.
 RESERVED = {
     *PARAMETERS,
@@ -62,6 +63,40 @@ def _check(message: Any, where: str) -> None:
         raise InvalidRequestError(
             f"{where} (role {role!r}): content must be a string or a list of parts, got {content!r}"
         )
+
+
+def part_text(part: Mapping[str, Any], where: str) -> str:
+    """What a part of a content says; raises InvalidRequestError if it is not text."""
+    kind = part.get("type")
+    if kind in ("text", "input_text", "output_text") and isinstance(part.get("text"), str):
+        return part["text"]
+    if kind == "refusal" and isinstance(part.get("refusal"), str):
+        return part["refusal"]
+    if kind == "text":
+        raise InvalidRequestError(f"{where} has no text")
+    raise InvalidRequestError(
+        f"{where} is of type {str(kind)[:50]!r}: this model reads text only, and no address in a "
+        "request is ever fetched"
+    )
+
+
+def join_parts(texts: Iterable[str]) -> str:
+    """The content that parts make together."""
+    return "\n".join(texts)
+
+
+def _with_text(message: Message, where: str) -> Message:
+    """The same with a content that is a string, as all templates know it, if it was parts."""
+    content = message.get("content")
+    if not isinstance(content, (list, tuple)):
+        return message
+    texts = []
+    for index, part in enumerate(content):
+        place = f"{where}: content[{index}]"
+        if not isinstance(part, Mapping):
+            raise InvalidRequestError(f"{place} must be a mapping with a type, got {part!r:.100}")
+        texts.append(part_text(part, place))
+    return {**message, "content": join_parts(texts)}
 
 
 def check_variables(variables: object, source: str) -> None:
@@ -139,18 +174,20 @@ class ChatTemplate:
         """
         if self.source is None:
             raise InvalidRequestError("this model has no chat template: use generate()")
-        if not messages or isinstance(messages, str):
+        if not isinstance(messages, Sequence) or isinstance(messages, (str, bytes)) or not messages:
             raise InvalidRequestError(
-                f"messages must be a list of at least one message, got {messages!r}"
+                f"messages must be a list of at least one message, as {EXAMPLE}, "
+                f"got {messages!r:.100}"
             )
         check_variables(variables, "the template's variables")
         for index, message in enumerate(messages):
             _check(message, f"message {index}")
+        plain = [_with_text(message, f"message {i}") for i, message in enumerate(messages)]
         try:
             return _compile(self.source).render(
                 **self._special_tokens,
                 **variables,
-                messages=list(messages),
+                messages=plain,
                 tools=list(tools) if tools else None,
                 documents=None,
                 add_generation_prompt=add_generation_prompt,

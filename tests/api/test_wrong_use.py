@@ -229,8 +229,9 @@ def test_chats(llm: LLM, models: Any) -> None:
         ([], "at least one message"),
         ([{"content": "no role"}], "message 0 must have a role"),
         (["text"], "messages must be a list"),
-        ("text", "messages must be a list"),
-        (user, "message 0 must be a mapping"),
+        ("text", "messages must be a list of .* got 'text'"),
+        (5, "messages must be a list of .* got 5"),
+        (user, "messages must be a list of .* got {'role'"),
         ([user, {"role": "assistant"}], r"message 1 \(role 'assistant'\) has neither content"),
         ([[user], [user, "text"]], "message 1 must be a mapping"),
     ]

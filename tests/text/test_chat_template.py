@@ -194,7 +194,23 @@ WRONG_MESSAGES: list[tuple[Any, str]] = [
     ({"role": "assistant", "tool_calls": []}, r"message 1 \(role 'assistant'\) has neither"),
     ({"role": "user", "content": 5}, r"\(role 'user'\): content must be a string.*got 5"),
     ({"role": "user", "content": b"x"}, "content must be a string or a list of parts"),
+    ({"role": "user", "content": ["x"]}, r"message 1: content\[0\] must be a mapping.*got 'x'"),
+    ({"role": "user", "content": [{"type": "text"}]}, r"message 1: content\[0\] has no text"),
+    (
+        {"role": "user", "content": [{"type": "text", "text": "x"}, {"type": "image_url"}]},
+        r"message 1: content\[1\] is of type 'image_url': this model reads text only",
+    ),
 ]
+
+
+def test_parts_are_joined() -> None:
+    template = ChatTemplate(CHATML, {})
+    parts = [{"type": "text", "text": "one"}, {"type": "input_text", "text": "two"}]
+    conversation = [{"role": "user", "content": tuple(parts)}]
+    assert template.render(conversation) == template.render(
+        [{"role": "user", "content": "one\ntwo"}]
+    )
+    assert conversation == [{"role": "user", "content": tuple(parts)}]
 
 
 def test_refusals() -> None:
@@ -208,6 +224,8 @@ def test_refusals() -> None:
         strict.render([])
     with pytest.raises(InvalidRequestError, match=r"must be a list of .* got 'hello'"):
         strict.render("hello")  # type: ignore[arg-type]
+    with pytest.raises(InvalidRequestError, match=r"list of .*as \[\{.*\], got \{'role'"):
+        strict.render(user)  # type: ignore[arg-type]
     for bad, message in WRONG_MESSAGES:
         with pytest.raises(InvalidRequestError, match=message):
             strict.render([user, bad])
