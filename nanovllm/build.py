@@ -100,6 +100,13 @@ def build_engine(config: EngineConfig, tracer: Tracer | None = None) -> Engine:
     files = find_model(config.model)
     decoder = registry.read_config(files.config)
     check_context(config, decoder)
+    eos_token_ids = files.eos_token_ids()
+    if unusable := files.unusable_eos_token_ids():
+        logger.warning(
+            "eos_token_id %s of the model's files is beyond its vocabulary of %d tokens: no text "
+            "ends by it",
+            *(", ".join(map(str, unusable)), decoder.vocab_size),
+        )
     tokenizer = None if config.skip_tokenizer_init else files.tokenizer()
     start.lap("tokenizer")
     platform = choose_platform(config, decoder, files.config)
@@ -113,7 +120,6 @@ def build_engine(config: EngineConfig, tracer: Tracer | None = None) -> Engine:
     model.finish_loading(platform.device, limits.max_model_len)
     ready()
     start.lap("kernels")
-    eos_token_ids = files.eos_token_ids()
     compiler = None
     if tokenizer is not None:
         compiler = GrammarCompiler(tokenizer, decoder.vocab_size, eos_token_ids)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from nanovllm.errors import ModelLoadError
+from nanovllm.records import whole
 from nanovllm.text.chat import ChatTemplate
 from nanovllm.text.tokenizer import Tokenizer, read_json
 
@@ -37,12 +38,30 @@ class ModelFiles:
 
     def eos_token_ids(self) -> tuple[int, ...]:
         """All token ids that end a text, sorted; ids beyond the vocabulary can never come."""
+        return tuple(token_id for token_id in self._end_ids() if self._is_token(token_id))
+
+    def unusable_eos_token_ids(self) -> tuple[int, ...]:
+        """Those that are beyond the vocabulary."""
+        return tuple(token_id for token_id in self._end_ids() if not self._is_token(token_id))
+
+    def _end_ids(self) -> list[int]:
         found: set[int] = set()
-        for source in (self.config, self.generation):
-            ids = source.get("eos_token_id")
-            found.update(ids if isinstance(ids, list) else [] if ids is None else [ids])
-        vocab_size = self.config.get("vocab_size", 2**63)
-        return tuple(sorted(token_id for token_id in found if 0 <= token_id < vocab_size))
+        for name, source in (
+            ("config.json", self.config),
+            ("generation_config.json", self.generation),
+        ):
+            value = source.get("eos_token_id")
+            ids = value if isinstance(value, list) else [] if value is None else [value]
+            if any(whole(token_id) is None for token_id in ids):
+                raise ModelLoadError(
+                    f"{name}: eos_token_id must be an integer or a list of them, got {value!r:.100}"
+                )
+            found.update(ids)
+        return sorted(found)
+
+    def _is_token(self, token_id: int) -> bool:
+        vocab_size = whole(self.config.get("vocab_size"))
+        return token_id >= 0 and (vocab_size is None or token_id < vocab_size)
 
 
 def find_model(name: str) -> ModelFiles:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any, NoReturn
 
-from nanovllm.errors import InvalidRequestError
+from nanovllm.errors import InvalidRequestError, ModelLoadError
 from nanovllm.records import Record, real, unpacked, whole
 from nanovllm.structured_output import StructuredOutput, read_structure
 
@@ -205,3 +205,17 @@ class SamplingParams(Record):
 
 
 _DEFAULTS = {field.name: field.default for field in fields(SamplingParams)}  # need no reading
+
+
+def recommended(generation: Mapping[str, Any], names: Iterable[str]) -> dict[str, Any]:
+    """The options of these names that a model's generation_config.json sets.
+
+    Raises ModelLoadError if one of them is not allowed.
+    """
+    named = {name: generation.get(name) for name in names}
+    found = {name: value for name, value in named.items() if value is not None}
+    try:
+        SamplingParams(**found)
+    except InvalidRequestError as error:
+        raise ModelLoadError(f"generation_config.json: {error}") from None
+    return found

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from nanovllm import EngineConfig, RequestOutput, SamplingParams
 from nanovllm.cli.flags import given
 from nanovllm.cli.terminal import InterruptFlag, Status
+from nanovllm.sampling_params import recommended
 
 if TYPE_CHECKING:
     from nanovllm import LLM
@@ -44,8 +45,9 @@ def open_session(options: argparse.Namespace) -> Session:
             from nanovllm.model_files import find_model
 
         files = find_model(name)
+        sampling = sampling_defaults(files.generation, wanted)
         llm = LLM(**(engine | {"model": str(files.directory)}))
-    return Session(llm, name, sampling_defaults(files.generation, wanted))
+    return Session(llm, name, sampling)
 
 
 def sampling_defaults(generation: Mapping[str, Any], wanted: Mapping[str, Any]) -> dict[str, Any]:
@@ -54,12 +56,12 @@ def sampling_defaults(generation: Mapping[str, Any], wanted: Mapping[str, Any]) 
     A model whose generation_config.json says do_sample gets the values written there; any other
     is greedy, as in transformers. Naming a truncation (top_k, top_p, min_p) without a temperature
     asks for sampling, so it is then at temperature 1. The length is bounded by the context alone.
+    Raises ModelLoadError if the values written there are not allowed.
     """
     defaults: dict[str, Any] = {"max_tokens": None, "temperature": 0.0}
     if generation.get("do_sample"):
         defaults["temperature"] = 1.0
-        named = {key: generation.get(key) for key in SAMPLING_KEYS}
-        defaults |= {key: value for key, value in named.items() if value is not None}
+        defaults |= recommended(generation, SAMPLING_KEYS)
     elif any(key in wanted for key in TRUNCATIONS):
         defaults["temperature"] = 1.0
     return defaults | dict(wanted)

@@ -9,6 +9,7 @@ from typing import Any
 
 from nanovllm.errors import ModelLoadError, UnsupportedModelError
 from nanovllm.layers.rotary_embedding import ROPE_TYPES, RopeConfig
+from nanovllm.records import real, whole
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,47 +37,42 @@ class DecoderConfig:
     qk_norm: bool = False
 
 
-SIZES = (
-    "vocab_size",
-    "hidden_size",
-    "intermediate_size",
-    "num_layers",
-    "num_heads",
-    "num_kv_heads",
-    "head_dim",
-    "max_position",
-)
-
-
 def read_common(raw: Mapping[str, Any], **differences: Any) -> DecoderConfig:
-    """The fields that all families share. Raises ModelLoadError naming a missing one."""
-    try:
-        num_heads = raw["num_attention_heads"]
-        num_layers = raw["num_hidden_layers"]
-        fields: dict[str, Any] = {
-            "vocab_size": raw["vocab_size"],
-            "hidden_size": raw["hidden_size"],
-            "intermediate_size": raw["intermediate_size"],
-            "num_layers": num_layers,
-            "num_heads": num_heads,
-            "num_kv_heads": raw.get("num_key_value_heads") or num_heads,
-            "head_dim": raw.get("head_dim") or raw["hidden_size"] // num_heads,
-            "max_position": raw["max_position_embeddings"],
-            "rms_norm_eps": raw.get("rms_norm_eps", 1e-6),
-            "rope": read_rope(raw),
-            "tie_word_embeddings": bool(raw.get("tie_word_embeddings", False)),
-            "sliding_windows": (None,) * num_layers,
-        }
-    except KeyError as error:
-        raise ModelLoadError(f"config.json lacks {error.args[0]!r}") from None
-    except (TypeError, ValueError, ZeroDivisionError) as error:
-        raise ModelLoadError(f"config.json holds a value of the wrong kind: {error}") from None
-    for name in SIZES:
-        if not isinstance(fields[name], int) or fields[name] < 1:
-            raise ModelLoadError(f"config.json: {name} must be an integer, got {fields[name]!r}")
+    """The fields that all families share. Raises ModelLoadError, or KeyError for a missing one."""
     if raw.get("hidden_act", "silu") != "silu":
         raise UnsupportedModelError(f"hidden_act {raw['hidden_act']!r} is not known; known: silu")
+    hidden_size, num_heads = _size(raw, "hidden_size"), _size(raw, "num_attention_heads")
+    num_layers = _size(raw, "num_hidden_layers")
+    fields: dict[str, Any] = {
+        "vocab_size": _size(raw, "vocab_size"),
+        "hidden_size": hidden_size,
+        "intermediate_size": _size(raw, "intermediate_size"),
+        "num_layers": num_layers,
+        "num_heads": num_heads,
+        "num_kv_heads": _size(raw, "num_key_value_heads", num_heads),
+        "head_dim": _size(raw, "head_dim", hidden_size // num_heads),
+        "max_position": _size(raw, "max_position_embeddings"),
+        "rms_norm_eps": _positive("rms_norm_eps", raw.get("rms_norm_eps", 1e-6)),
+        "rope": read_rope(raw),
+        "tie_word_embeddings": bool(raw.get("tie_word_embeddings", False)),
+        "sliding_windows": (None,) * num_layers,
+    }
     return DecoderConfig(**(fields | differences))
+
+
+def _size(raw: Mapping[str, Any], key: str, default: int | None = None) -> int:
+    value = raw[key] if default is None else raw.get(key) or default
+    size = whole(value)
+    if size is None or size < 1:
+        raise ModelLoadError(f"config.json: {key} must be a positive integer, got {value!r}")
+    return size
+
+
+def _positive(key: str, value: object) -> float:
+    number = real(value)
+    if number is None or not 0 < number < math.inf:  # NaN neither
+        raise ModelLoadError(f"config.json: {key} must be a positive number, got {value!r}")
+    return number
 
 
 def read_rope(raw: Mapping[str, Any]) -> RopeConfig:
@@ -96,9 +92,9 @@ def read_rope(raw: Mapping[str, Any]) -> RopeConfig:
     original = scaling.get("original_max_position_embeddings") or raw["max_position_embeddings"]
     factor = scaling.get("factor") or raw["max_position_embeddings"] / original
     return RopeConfig(
-        theta=float(theta),
+        theta=_positive("rope_theta", theta),
         rope_type=rope_type,
-        factor=float(factor),
+        factor=_positive("factor of the rope parameters", factor),
         original_max_position=original,
         low_freq_factor=scaling.get("low_freq_factor", 1.0),
         high_freq_factor=scaling.get("high_freq_factor", 4.0),
@@ -126,7 +122,7 @@ def _mscale(factor: float, mscale: float) -> float:
 def windows_of_layers(raw: Mapping[str, Any]) -> tuple[int | None, ...]:
     """Qwen's way to say which layers slide: layer_types, or max_window_layers for older files."""
     num_layers = raw.get("num_hidden_layers")
-    if not isinstance(num_layers, int):
+    if not isinstance(num_layers, int) or num_layers < 1:
         return ()  # `read_common` names it
     window = raw.get("sliding_window") if raw.get("use_sliding_window") else None
     types = raw.get("layer_types")

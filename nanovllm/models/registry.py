@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from types import ModuleType
 from typing import Any
 
 from nanovllm.errors import ModelLoadError, UnsupportedModelError
@@ -20,8 +21,18 @@ def known_architectures() -> tuple[str, ...]:
 def read_config(raw: Mapping[str, Any]) -> DecoderConfig:
     """The decoder that a config.json describes.
 
-    Raises UnsupportedModelError naming the known architectures, or ModelLoadError.
+    Raises UnsupportedModelError naming the known architectures, or ModelLoadError naming a field
+    that is missing or wrong.
     """
+    try:
+        return _family(raw).read_config(raw)
+    except KeyError as error:
+        raise ModelLoadError(f"config.json lacks {error.args[0]!r}") from None
+    except (TypeError, ValueError, ArithmeticError) as error:
+        raise ModelLoadError(f"config.json holds a value of the wrong kind: {error}") from None
+
+
+def _family(raw: Mapping[str, Any]) -> ModuleType:
     names = raw.get("architectures")
     if not names:
         raise ModelLoadError("config.json names no architecture")
@@ -29,4 +40,4 @@ def read_config(raw: Mapping[str, Any]) -> DecoderConfig:
     if family is None:
         known = ", ".join(known_architectures())
         raise UnsupportedModelError(f"architecture {names[0]!r} is not known; known: {known}")
-    return family.read_config(raw)
+    return family

@@ -13,7 +13,7 @@ from nanovllm.errors import ConfigError, InvalidRequestError
 from nanovllm.metrics.prometheus import PrometheusMetrics
 from nanovllm.model_files import ModelFiles
 from nanovllm.outputs import CompletionOutput, Delta, RequestOutput
-from nanovllm.sampling_params import SamplingParams
+from nanovllm.sampling_params import SamplingParams, recommended
 from nanovllm.server import answers
 from nanovllm.server.engine_client import EngineClient
 from nanovllm.server.errors import ApiError, engine_failed, from_engine, invalid, unavailable
@@ -242,9 +242,4 @@ def _sampling_defaults(generation: dict[str, Any]) -> dict[str, Any]:
     """The model's own recommendation (generation_config.json); do_sample false is greedy."""
     if generation.get("do_sample") is False:
         return {"temperature": 0.0}
-    found = {name: generation.get(name) for name in SAMPLING_DEFAULTS}
-    return {
-        name: value
-        for name, value in found.items()
-        if isinstance(value, (int, float)) and not isinstance(value, bool)
-    }
+    return recommended(generation, SAMPLING_DEFAULTS)

@@ -416,6 +416,19 @@ def test_damaged_tokenizer(text_model: Path, tmp_path: Path) -> None:
         LLM(str(tmp_path / "model"))
 
 
+def test_end_tokens_that_cannot_be(
+    text_model: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    directory = tmp_path / "model"
+    shutil.copytree(text_model, directory)
+    edit_json(directory / "config.json", eos_token_id=[3, 10**6])
+    with LLM(str(directory), max_model_len=64, **SMALL):
+        assert f"eos_token_id {10**6} of the model's files is beyond its vocab" in caplog.text
+    edit_json(directory / "config.json", eos_token_id="end")
+    with pytest.raises(ModelLoadError, match=r"config\.json: eos_token_id must .*got 'end'"):
+        LLM(str(directory), max_model_len=64, **SMALL)
+
+
 def test_numbers_that_are_none_end_only_their_request(tmp_path: Path) -> None:
     """One token's embedding is NaN: prompts with it fail, and what they cached is not reused."""
     directory = make_model(tmp_path / "nan", "llama", tie_word_embeddings=False)

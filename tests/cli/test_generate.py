@@ -13,6 +13,8 @@ import pytest
 
 import nanovllm
 from nanovllm.cli import generate, session
+from nanovllm.errors import ModelLoadError
+from nanovllm.server import service
 
 SHORT = ("--max-tokens", "8", "--ignore-eos")
 
@@ -165,3 +167,11 @@ def test_default_sampling(
     generation: dict[str, Any], wanted: dict[str, Any], result: dict[str, Any]
 ) -> None:
     assert session.sampling_defaults(generation, wanted) == {"max_tokens": None} | result
+
+
+def test_recommended_sampling_that_is_wrong_is_named() -> None:
+    wrong = {"do_sample": True, "temperature": "hot"}
+    with pytest.raises(ModelLoadError, match=r"generation_config\.json: temperature .*got 'hot'"):
+        session.sampling_defaults(wrong, {})
+    with pytest.raises(ModelLoadError, match=r"generation_config\.json: temperature .*got 'hot'"):
+        service._sampling_defaults(wrong)

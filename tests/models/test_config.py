@@ -139,12 +139,37 @@ def test_every_family_is_tested() -> None:
     assert tested == set(known_architectures())
 
 
+POSITIVE_INTEGER = "must be a positive integer, got "
+POSITIVE = "must be a positive number, got "
+
+
 @pytest.mark.parametrize(
-    ("field", "value"), [("hidden_size", "big"), ("num_attention_heads", 0), ("vocab_size", -1)]
+    ("field", "value", "message"),
+    [
+        ("hidden_size", "big", f"hidden_size {POSITIVE_INTEGER}'big'"),
+        ("hidden_size", -1, f"hidden_size {POSITIVE_INTEGER}-1"),
+        ("num_attention_heads", 0, f"num_attention_heads {POSITIVE_INTEGER}0"),
+        ("num_key_value_heads", -1, f"num_key_value_heads {POSITIVE_INTEGER}-1"),
+        ("num_hidden_layers", 0, f"num_hidden_layers {POSITIVE_INTEGER}0"),
+        ("num_hidden_layers", True, f"num_hidden_layers {POSITIVE_INTEGER}True"),
+        ("max_position_embeddings", 0, f"max_position_embeddings {POSITIVE_INTEGER}0"),
+        ("vocab_size", -1, f"vocab_size {POSITIVE_INTEGER}-1"),
+        ("rms_norm_eps", None, f"rms_norm_eps {POSITIVE}None"),
+        ("rms_norm_eps", "x", f"rms_norm_eps {POSITIVE}'x'"),
+        ("rms_norm_eps", float("nan"), f"rms_norm_eps {POSITIVE}nan"),
+        ("rms_norm_eps", float("inf"), f"rms_norm_eps {POSITIVE}inf"),
+        ("rms_norm_eps", -1, f"rms_norm_eps {POSITIVE}-1"),
+        ("rope_theta", -1.0, rf"rope_theta {POSITIVE}-1\.0"),
+        ("rope_parameters", [1], "holds a value of the wrong kind"),
+        ("max_window_layers", "x", "holds a value of the wrong kind"),
+    ],
 )
-def test_values_of_the_wrong_kind_are_named(field: str, value: object) -> None:
+@pytest.mark.parametrize("family", ["LlamaForCausalLM", "Qwen2ForCausalLM"])
+def test_values_of_the_wrong_kind_are_named(
+    family: str, field: str, value: object, message: str
+) -> None:
     raw = {
-        "architectures": ["LlamaForCausalLM"],
+        "architectures": [family],
         "vocab_size": 100,
         "hidden_size": 64,
         "intermediate_size": 100,
@@ -152,7 +177,10 @@ def test_values_of_the_wrong_kind_are_named(field: str, value: object) -> None:
         "num_attention_heads": 4,
         "max_position_embeddings": 100,
     }
-    with pytest.raises(ModelLoadError, match=r"config\.json"):
+    if field == "max_window_layers" and family == "LlamaForCausalLM":
+        read_config(raw | {field: value})  # not a field of its own
+        return
+    with pytest.raises(ModelLoadError, match=rf"config\.json:? {message}"):
         read_config(raw | {field: value})
 
 
