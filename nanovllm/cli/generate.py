@@ -72,7 +72,11 @@ def run(options: argparse.Namespace) -> int:
 
 def _prompt(argument: str | None) -> tuple[str, bool]:
     """(prompt, whether it is the default question)"""
-    if argument == "-" or (argument is None and _is_piped()):
+    if argument == "-":
+        argument = sys.stdin.read().rstrip("\n") if sys.stdin is not None else ""
+        if not argument:
+            refuse("generate", '"-" reads the prompt from stdin, and stdin is empty')
+    elif argument is None and _is_piped():
         argument = sys.stdin.read().rstrip("\n") or None
     if argument is None:
         return DEFAULT_QUESTION, True

@@ -102,6 +102,16 @@ def test_stdin_is_the_prompt(
     assert result.out == expected + "\n"
 
 
+@pytest.mark.parametrize("given", ["", "\n"])
+def test_an_empty_stdin_that_was_asked_for_is_refused(
+    cli: Any, tiny: Path, monkeypatch: pytest.MonkeyPatch, given: str
+) -> None:
+    monkeypatch.setattr("sys.stdin", io.StringIO(given))
+    result = cli("generate", "-", "--model", tiny, *SHORT)
+    assert (result.status, result.out) == (2, "")
+    assert "stdin is empty" in result.err
+
+
 def test_a_redirected_file_is_the_prompt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "prompt").write_text("from a file\n")
     with (tmp_path / "prompt").open() as file:
