@@ -9,6 +9,7 @@ from typing import Any
 
 from nanovllm.bench.machine import machine
 from nanovllm.config import EngineConfig
+from nanovllm.kernels import cache
 from nanovllm.model_files import find_model
 from nanovllm.models import registry
 from nanovllm.platforms import choose_platform
@@ -46,16 +47,13 @@ def inspect(config: EngineConfig) -> Inspection:
             "host_available": available_host_memory(),
             "weights_and_kv_cache_at_most": free_memory(platform.device, share),
         },
-        directories={"compiled kernels": str(_cache("XDG_CACHE_HOME", ".cache"))} | _hub(),
+        directories={
+            "compiled kernels": str(cache.directory_in_use() or "no directory is writable"),
+            "hub models": _hub(),
+        },
     )
 
 
-def _hub() -> dict[str, str]:
-    home = os.environ.get("HF_HOME") or _cache("", ".cache", "huggingface")
-    return {"hub models": os.environ.get("HF_HUB_CACHE") or str(Path(home) / "hub")}
-
-
-def _cache(variable: str, *default: str) -> Path:
-    root = os.environ.get(variable) if variable else None
-    name = "nanovllm" if variable else ""
-    return Path(root or Path.home().joinpath(*default)) / name
+def _hub() -> str:
+    home = os.environ.get("HF_HOME") or Path(os.path.expanduser("~"), ".cache", "huggingface")
+    return os.environ.get("HF_HUB_CACHE") or str(Path(home) / "hub")

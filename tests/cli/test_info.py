@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from nanovllm import EngineConfig, platforms
 from nanovllm.bench.inspect import inspect
 from nanovllm.bench.machine import hardware, versions
 from nanovllm.cli.info import report
+from nanovllm.kernels import cache
 from nanovllm.kernels.cuda import launch
 
 
@@ -68,6 +70,24 @@ def test_cuda_kernels_are_told_where_there_is_a_gpu(
     lines = report(replace(found, choices={"cuda c++": asdict(choice)})).splitlines()
     start = lines.index(wanted[0])
     assert lines[start : start + len(wanted)] == wanted
+
+
+def test_the_directory_of_kernels_is_the_one_in_use(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def shown() -> str:
+        return inspect(EngineConfig(device="cpu")).directories["compiled kernels"]
+
+    shown()  # compiles what is needed, once in a process
+    monkeypatch.setattr(cache.tempfile, "gettempdir", lambda: str(tmp_path))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "to" / "make"))
+    assert shown() == str(tmp_path / "to" / "make" / "nanovllm")
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    fallback = f"nanovllm-{os.getuid()}"
+    assert shown() == str(tmp_path / fallback)
+    (tmp_path / fallback).write_text("")
+    assert shown() == "no directory is writable"
 
 
 def test_an_unknown_backend_is_one_line(cli: Any, tiny: Path) -> None:

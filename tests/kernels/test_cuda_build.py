@@ -87,6 +87,18 @@ def test_without_a_directory_each_call_compiles(
     assert len(compiled) == 2
 
 
+def test_directories_are_made_when_they_are_needed(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(cache.tempfile, "gettempdir", lambda: str(tmp_path))
+    assert cache.find("a.so") is None
+    assert cache.directory_in_use() == tmp_path / "cache" / "nanovllm"
+    assert not list(tmp_path.iterdir())
+    assert cache.writable_directory() == tmp_path / "cache" / "nanovllm"
+    assert list(tmp_path.iterdir()) == [tmp_path / "cache"]
+
+
 @pytest.mark.parametrize("root", ["", "here"])
 def test_a_user_without_a_home_has_nothing_beside_the_work(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, root: str
