@@ -48,7 +48,7 @@ class EngineTarget:
         try:
             await service.client.connect(target._worker.sock)
             await service.client.ready()
-        except BaseException as error:
+        except BaseException as error:  # an interrupt, too
             await target.close()
             if isinstance(error, EngineDeadError):
                 raise NanoVLLMError(str(error)) from None
@@ -83,7 +83,8 @@ class EngineTarget:
         await self._service.client.close(END_SECONDS)
         self._service.close()
         self._worker.sock.close()
-        await asyncio.to_thread(self._worker.end)
+        started = self._service.client.info is not None
+        await asyncio.to_thread(self._worker.end, started=started)
 
 
 class _Call:

@@ -69,7 +69,11 @@ class EngineClient(asyncio.Protocol):
 
     async def connect(self, sock: socket.socket) -> None:
         loop = asyncio.get_running_loop()
-        await loop.create_unix_connection(lambda: self, sock=sock)
+        try:
+            await loop.create_unix_connection(lambda: self, sock=sock)
+        except BaseException:  # the loop has closed it, and uvloop's does not say so
+            self._transport = None
+            raise
 
     # --- state ------------------------------------------------------------------------------
 
@@ -158,14 +162,15 @@ class EngineClient(asyncio.Protocol):
     async def close(self, timeout: float) -> None:
         """Tells the engine to end, and waits until it has hung up, or for timeout seconds.
 
-        What is still in flight ends with ShutdownError.
+        One that is not ready yet reads nothing: it is not waited for. What is still in flight ends
+        with ShutdownError.
         """
         if self._transport is None:
             return  # never connected
         self._die(ShutdownError("the server is shutting down"))
         self._send(messages.Shutdown())
         with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(self._disconnected.wait(), timeout)
+            await asyncio.wait_for(self._disconnected.wait(), timeout if self.info else 0)
         self._transport.abort()
         await self._disconnected.wait()
 

@@ -285,9 +285,13 @@ def serve_engine(
 def main(argv: list[str]) -> int:
     """FD is a connected socket; JSON on standard input holds log_level, and engine: its config."""
     # The parent decides when to end; an interrupt from a terminal reaches the whole group.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    given = msgspec.json.decode(sys.stdin.buffer.read())
+    for number in messages.HELD_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, messages.HELD_SIGNALS)  # one that came is gone
+    text = sys.stdin.buffer.read()
+    if not text:
+        return 0  # the parent ended before it said anything
+    given = msgspec.json.decode(text)
     logging.basicConfig(level=given["log_level"], format=messages.LOG_FORMAT)
     config = EngineConfig.from_kwargs(**given["engine"])
     sock = socket.socket(fileno=int(argv[1]))

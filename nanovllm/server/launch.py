@@ -16,9 +16,8 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import FrameType
 
 import msgspec
 
@@ -27,6 +26,7 @@ from nanovllm.errors import ConfigError
 from nanovllm.model_files import find_model
 from nanovllm.server.engine_client import EngineClient, watch
 from nanovllm.server.http_server import HttpServer
+from nanovllm.server.messages import HELD_SIGNALS
 from nanovllm.server.service import ServerConfig, Service
 from nanovllm.server.streams import EngineDeadError
 from nanovllm.text.chat import ChatTemplate
@@ -39,6 +39,7 @@ DEATH_LINGER = 1.0  # seconds in which /health says what happened before the ser
 END_SECONDS = 5.0  # for the engine's process to end when it is told to
 STEADY_SECONDS = 60.0  # an engine that served for so long is replaced at once
 FIRST_DELAY, MAX_DELAY = 1.0, 30.0
+INTERRUPT_STATUS = 130
 
 
 class EngineProcess:
@@ -46,12 +47,15 @@ class EngineProcess:
 
     def __init__(self, config: EngineConfig) -> None:
         self.sock, theirs = socket.socketpair()
-        with theirs:
+        with theirs, _signals_held():
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "nanovllm.server.engine_process", str(theirs.fileno())],
                 stdin=subprocess.PIPE,
                 pass_fds=[theirs.fileno()],
             )
+            self._configure(config)
+
+    def _configure(self, config: EngineConfig) -> None:
         assert self._process.stdin is not None, "it was asked for"
         with contextlib.suppress(BrokenPipeError), self._process.stdin as stdin:
             level = logging.getLogger("nanovllm").getEffectiveLevel()
@@ -62,10 +66,13 @@ class EngineProcess:
     def kill(self) -> None:
         self._process.kill()
 
-    def end(self) -> None:
-        """Waits for the end of the process, which was told to, or lost the socket."""
+    def end(self, *, started: bool = True) -> None:
+        """Waits for the end of the process, which was told to, or lost the socket.
+
+        One that has not started yet holds nothing worth the wait.
+        """
         try:
-            self._process.wait(END_SECONDS)
+            self._process.wait(END_SECONDS if started else 0)
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
@@ -87,8 +94,19 @@ class EngineThread:
     def kill(self) -> None:
         logger.error("the engine runs in this process and cannot be killed")
 
-    def end(self) -> None:
+    def end(self, *, started: bool = True) -> None:
         self._thread.join(END_SECONDS)
+
+
+@contextlib.contextmanager
+def _signals_held() -> Iterator[None]:
+    """What would end this process waits until the block ends; a child that begins there has it
+    blocked from its first instruction, as an interrupt from a terminal reaches the whole group."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, HELD_SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def bind(host: str, port: int) -> socket.socket:
@@ -157,7 +175,7 @@ def serve(
                 return runner.run(run.run())
         finally:
             run.worker.sock.close()
-            run.worker.end()
+            run.worker.end(started=service.client.info is not None)
 
 
 def _allow_many_connections() -> None:
@@ -209,6 +227,7 @@ class Run:
         self._restart = restart
         self._sock = sock
         self._status = 0
+        self._has_served = False
         self._ends: set[asyncio.Task[None]] = set()
         self._backoff = Backoff()
         self.http = HttpServer(service)
@@ -218,7 +237,7 @@ class Run:
         loop = asyncio.get_running_loop()
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGTERM, signal.SIGINT):
-                loop.add_signal_handler(number, self.stop)
+                loop.add_signal_handler(number, self.stop, number)
         self._service.structures.warm_up()
         await self._service.client.connect(self.worker.sock)
         engines = asyncio.create_task(self._keep_engine())
@@ -235,8 +254,10 @@ class Run:
             self._service.close()
         return self._status
 
-    def stop(self, *_: int | FrameType | None) -> None:
+    def stop(self, number: signal.Signals = signal.SIGTERM) -> None:
         """The first call drains, the second ends at once."""
+        if number == signal.SIGINT and not self._has_served:
+            self._status = INTERRUPT_STATUS
         if self._service.draining:
             self.http.force_exit = True
             self._end()
@@ -299,6 +320,7 @@ class Run:
     async def _announce(self, client: EngineClient) -> None:
         with contextlib.suppress(EngineDeadError):
             info = await client.ready()
+            self._has_served = True
             url = f"http://{_host(self._sock)}:{self._sock.getsockname()[1]}"
             logger.info(
                 "%s on %s in %s, context %d, %d KV blocks of %d, loaded in %.1f s",

@@ -7,6 +7,7 @@ CLOCK_MONOTONIC, which all processes of a host share.
 
 from __future__ import annotations
 
+import signal
 import struct
 from collections.abc import Iterator
 from dataclasses import fields
@@ -21,6 +22,7 @@ from nanovllm.trace import events
 from nanovllm.trace.events import Event
 
 LOG_FORMAT = "%(asctime)s %(levelname)s %(message)s"  # of both processes
+HELD_SIGNALS = (signal.SIGINT, signal.SIGTERM)  # of these the engine's process knows nothing
 _LENGTH = struct.Struct("<I")
 _EVENT_TYPES = (
     events.StepPlanned,

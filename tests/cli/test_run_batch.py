@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import resource
 import signal
+import socket
 import subprocess
 import sys
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from scripted_server import Scripted, answer, scripted
@@ -20,6 +22,8 @@ from server.live_server import Live, request
 
 from nanovllm.batch.output import OutputFile
 from nanovllm.batch.work import Batch
+from nanovllm.client.loop import runner
+from nanovllm.server.engine_client import EngineClient
 from nanovllm.server.service import Service
 from nanovllm.server.streams import Job, Stream
 
@@ -317,6 +321,45 @@ def test_an_engine_that_is_killed_ends_the_run_and_a_later_one_goes_on(
     assert len(entries(out)) < 30
     assert cli("run-batch", *common, "30").status == 0
     assert len({entry["custom_id"] for entry in entries(out)}) == len(entries(out)) == 30
+
+
+@pytest.mark.parametrize("delay", [0.0, 0.1, 0.5])
+def test_an_interrupt_of_the_whole_group_during_start_is_one_line(
+    tiny: Path, tmp_path: Path, delay: float
+) -> None:
+    source, out = write(tmp_path / "in", numbered(3)), tmp_path / "out"
+    process = subprocess.Popen(
+        [*MODULE, "-i", str(source), "-o", str(out), "--model", str(tiny), "--any-model"],
+        stderr=subprocess.PIPE, text=True, start_new_session=True,
+    )  # fmt: skip
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    while not children.read_text():
+        assert process.poll() is None
+    time.sleep(delay)
+    os.killpg(process.pid, signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert err.splitlines() == [
+        "interrupted: 0 done, 0 failed among them, 0 tokens; the same command goes on"
+    ]
+
+
+def test_an_engine_whose_start_is_cut_is_left_in_peace() -> None:
+    async def cut(num_steps: int) -> None:
+        ours, theirs = socket.socketpair()
+        client = EngineClient(cast(Any, None))
+        connecting = asyncio.create_task(client.connect(ours))
+        for _ in range(num_steps):
+            await asyncio.sleep(0)
+        connecting.cancel()
+        await asyncio.wait([connecting])
+        await client.close(0.1)
+        ours.close()
+        theirs.close()
+
+    for num_steps in range(5):
+        with runner() as loop:
+            loop.run(cut(num_steps))
 
 
 def entries_without_torn(path: Path) -> list[dict[str, Any]]:

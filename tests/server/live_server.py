@@ -248,13 +248,14 @@ def assert_answer(path: str, content_type: str, raw: bytes) -> list[Any]:
 class Command:
     """`nanovllm serve` as users start it."""
 
-    def __init__(self, *flags: str, wait: bool = True) -> None:
+    def __init__(self, *flags: str, wait: bool = True, start_new_session: bool = False) -> None:
         self.process = subprocess.Popen(
             [sys.executable, "-m", "nanovllm.cli.main", "serve", "--port", "0", *flags],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
             env=os.environ | {"OMP_NUM_THREADS": "1"},
+            start_new_session=start_new_session,
         )
         self.port = 0
         if wait:

@@ -269,6 +269,22 @@ def test_a_signal_during_start_ends_it(serve: Callable[..., Command], number: in
     assert "Traceback" not in server.output()
 
 
+@pytest.mark.parametrize("delay", [0.0, 0.1, 0.5])
+def test_an_interrupt_of_the_whole_group_during_start_is_quiet(
+    flags: tuple[str, ...], delay: float
+) -> None:
+    """As a terminal sends it: to the engine's process, too."""
+    server = Command(*flags, wait=False, start_new_session=True)
+    until(server.children)
+    (child,) = server.children()
+    time.sleep(delay)
+    os.killpg(server.process.pid, signal.SIGINT)
+    assert server.process.wait(30) == 130
+    until(lambda: not alive(child), 20)
+    said = server.output().splitlines()
+    assert all("INFO shutting down" in line for line in said), said
+
+
 def test_two_servers_and_a_taken_port(
     serve: Callable[..., Command], flags: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
