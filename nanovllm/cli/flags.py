@@ -103,7 +103,9 @@ class Parser(argparse.ArgumentParser):
             raise UsageError(
                 f"{self.prog}: unexpected argument {word!r} (quote a text with spaces)"
             )
-        near = get_close_matches(word, self._option_string_actions, 1)
+        flags = list(self._option_string_actions)
+        longer = [flag for flag in flags if flag.startswith(word)] if len(word) > 3 else []
+        near = get_close_matches(word, longer, 1, cutoff=0) or get_close_matches(word, flags, 1)
         hint = f"; did you mean {near[0]}?" if near else f"; {self.prog} --help=all lists all"
         raise UsageError(f"{self.prog}: unknown flag {word}{hint}")
 

@@ -75,6 +75,11 @@ def test_version(cli: Any) -> None:
     assert cli("--version").out == f"nanovllm {__version__}\n"
 
 
+def test_the_package_runs_as_the_command_does() -> None:
+    line = [sys.executable, "-m", "nanovllm", "--version"]
+    assert subprocess.check_output(line, text=True) == f"nanovllm {__version__}\n"
+
+
 @pytest.mark.parametrize("command", ["generate", "chat"])
 def test_every_option_is_a_flag(cli: Any, command: str) -> None:
     text = cli(command, "--help=all").out
@@ -130,6 +135,7 @@ WRONG = {
     "genrate": "did you mean 'generate'",
     "frobnicate": "unknown command 'frobnicate'",
     "generate --temprature 1": "did you mean --temperature",
+    "generate hi --temp 0": "did you mean --temperature",
     "generate --frobnicate": "unknown flag --frobnicate",
     "generate two words": "unexpected argument 'words'",
     "generate hi --top-k x": "--top-k",
