@@ -49,7 +49,7 @@ class Gate:
         self._app = app
         self._service = service
         self._open = {one.path.encode() for one in ENDPOINTS if one.open}
-        self._keys = [b"Bearer " + key.encode() for key in service.config.api_keys]
+        self._keys = [key.encode() for key in service.config.api_keys]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -92,16 +92,23 @@ class Gate:
         if not self._keys or path in self._open:
             return None
         given = next((value for name, value in scope["headers"] if name == b"authorization"), b"")
+        given_key = _bearer_key(given)
         # Compares with every key, so that the time tells nothing.
-        right = [hmac.compare_digest(given, key) for key in self._keys]
+        right = [hmac.compare_digest(given_key, key) for key in self._keys]
         if any(right):
             return None
         self._service.metrics.rejected("unauthorized")
         message = (
-            "The API key is wrong." if given else "An API key is needed: Bearer, then the key."
+            "The API key is wrong." if given_key else "An API key is needed: Bearer, then the key."
         )
         challenge = {"WWW-Authenticate": "Bearer"}
         return ApiError(401, message, code="invalid_api_key", headers=challenge)
+
+
+def _bearer_key(authorization: bytes) -> bytes:
+    """Empty if it holds none. A scheme is written in any case, with spaces behind it (RFC 9110)."""
+    scheme, _, key = authorization.strip(b" \t").partition(b" ")
+    return key.strip(b" \t") if scheme.lower() == b"bearer" else b""
 
 
 def _too_much(service: Service) -> ApiError:

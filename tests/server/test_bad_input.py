@@ -482,6 +482,16 @@ def test_keys(start: Any) -> None:
         assert live.client(key).models.list().data
     with pytest.raises(openai.AuthenticationError):
         live.client("wrong").models.list()
+    for value in ("bearer secret", "BEARER   secret", " Bearer other ", "bEARER \tother"):
+        headers = {"Authorization": value}
+        assert request(live.port, "GET", "/v1/models", headers=headers)[0] == 200, value
+
+
+@pytest.mark.parametrize("value", ["Bearer", "bearer ", "Basic c2VjcmV0", "Bearersecret", "secret"])
+def test_a_header_without_a_key_is_told_what_is_needed(start: Any, value: str) -> None:
+    live = start({"api_keys": ("secret",)})
+    answer = request(live.port, "GET", "/v1/models", headers={"Authorization": value})[2]
+    assert assert_error(answer)["message"] == "An API key is needed: Bearer, then the key."
 
 
 def test_any_model(start: Any) -> None:
