@@ -63,6 +63,11 @@ def _strings(name: str, value: Any) -> tuple[str, ...]:
     strings = tuple(items)
     if not all(isinstance(item, str) and item for item in strings):
         _fail(name, value, "a string or a list of strings, none of them empty")
+    for string in strings:
+        try:
+            string.encode()
+        except UnicodeEncodeError:
+            _fail(name, string, "valid Unicode, without lone surrogates")
     return strings
 
 

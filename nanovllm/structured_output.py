@@ -24,7 +24,7 @@ REASONING = ("none", "optional", "open")
 class StructuredOutput(Record):
     """Exactly one of the first five.
 
-    json         a JSON schema, as a mapping or as text
+    json         a JSON schema, as a mapping or as text; True: any JSON
     json_object  True: any JSON object
     regex        the whole text matches this regular expression (Rust's syntax: no look-around,
                  no back references)
@@ -39,7 +39,7 @@ class StructuredOutput(Record):
 
     _unknown = (InvalidRequestError, "form of structured output")
 
-    json: Mapping[str, Any] | str | None = None
+    json: Mapping[str, Any] | str | bool | None = None
     json_object: bool = False
     regex: str | None = None
     grammar: str | None = None
@@ -49,6 +49,11 @@ class StructuredOutput(Record):
     def __post_init__(self) -> None:
         if not isinstance(self.json_object, bool):
             raise InvalidRequestError(f"json_object must be True or False: {self.json_object!r}")
+        if self.json is not None and not self.json and isinstance(self.json, (bool, int, float)):
+            raise InvalidRequestError(
+                "json must be a JSON schema, as a mapping or as text, or True for any JSON: "
+                f"got {self.json!r}"
+            )
         given = [name for name in KINDS if getattr(self, name) not in (None, False)]
         if len(given) != 1:
             raise InvalidRequestError(
