@@ -63,6 +63,7 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "length_penalty": (1, 1.0),
     "modalities": (["text"],),
     "prediction": (),
+    "prompt_logprobs": (),
     "regex": (),
     "spaces_between_special_tokens": (True,),
     "suffix": (),

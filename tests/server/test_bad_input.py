@@ -290,6 +290,8 @@ def test_logprobs(live: Live) -> None:
     [
         ("suffix", "x"),
         ("functions", [{"name": "f"}]),
+        ("prompt_logprobs", 0),
+        ("prompt_logprobs", 5),
         ("skip_special_tokens", False),
         ("continue_final_message", True),
         ("audio", {"voice": "x"}),
