@@ -7,9 +7,16 @@ compiler), so a stale or foreign one is never taken.
 from __future__ import annotations
 
 import os
+import shutil
 import stat
 import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
+
+SCRATCH = "tmp"  # begins the name of a directory of unfinished files
+LEFTOVER_SECONDS = 24 * 3600
 
 
 class BuildError(Exception):
@@ -32,6 +39,20 @@ def writable_directory() -> Path | None:
 def directory_in_use() -> Path | None:
     """Where compiled files lie, or else would be written; makes nothing."""
     return next((path for path in _places() if _holds_files(path) or _can_be_made(path)), None)
+
+
+@contextmanager
+def scratch(directory: Path) -> Iterator[Path]:
+    """A directory inside this one to make files in, removed at the end.
+
+    Also removes those that processes which were killed have left behind.
+    """
+    for path in directory.glob(SCRATCH + "*"):
+        with suppress(OSError):  # another process has removed it
+            if time.time() - path.lstat().st_mtime > LEFTOVER_SECONDS:
+                shutil.rmtree(path)
+    with tempfile.TemporaryDirectory(prefix=SCRATCH, dir=directory) as name:
+        yield Path(name)
 
 
 def publish(made: Path, path: Path) -> None:

@@ -416,10 +416,21 @@ def test_failing_compiler_is_a_reason_in_words(monkeypatch, tmp_path):
     assert not list((tmp_path / "cache" / "nanovllm").iterdir())
 
 
+def test_what_killed_compilers_left_is_removed_after_a_day(tmp_path):
+    for name in ("tmpold", "tmpnew", "kept"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "a.o").write_text("")
+    for name in ("tmpold", "kept"):
+        os.utime(tmp_path / name, (0, 0))
+    with cache.scratch(tmp_path) as scratch:
+        assert scratch.parent == tmp_path
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["kept", "tmpnew"]
+
+
 def test_unusable_cache_directory_falls_back_to_a_temporary_one(monkeypatch, tmp_path):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
-    monkeypatch.setattr(build.tempfile, "gettempdir", lambda: str(tmp_path))
+    monkeypatch.setattr(cache.tempfile, "gettempdir", lambda: str(tmp_path))
     monkeypatch.setattr(build, "_compile", lambda compiler, library: library)
     assert build.build_library().parent == tmp_path / f"nanovllm-{os.getuid()}"
 

@@ -13,7 +13,6 @@ import os
 import platform
 import shutil
 import subprocess
-import tempfile
 from pathlib import Path
 
 from nanovllm.kernels import cache
@@ -83,16 +82,16 @@ def _instruction_set() -> str:
 def _compile(compiler: str, library: Path) -> Path:
     """Compiles each source in a process of its own, links, and renames into place."""
     logger.warning("compiling the CPU kernels, once on this machine: some seconds")
-    with tempfile.TemporaryDirectory(dir=library.parent) as scratch:
+    with cache.scratch(library.parent) as scratch:
         native = _native_flag(compiler)
         command = [compiler, *FLAGS, *([native] if native else [])]
         objects, jobs = [], []
         for source in _sources():
             if source.suffix == ".cpp":
-                objects.append(str(Path(scratch, source.stem + ".o")))
+                objects.append(str(scratch / f"{source.stem}.o"))
                 jobs.append(_start([*command, "-c", str(source), "-o", objects[-1]]))
         _finish(jobs)
-        output = Path(scratch, "library.so")
+        output = scratch / "library.so"
         _finish([_start([*command, "-shared", *objects, "-o", str(output)])])
         cache.publish(output, library)
     return library

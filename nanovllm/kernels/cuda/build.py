@@ -11,7 +11,6 @@ import functools
 import hashlib
 import importlib
 import logging
-import tempfile
 import threading
 from collections.abc import Mapping
 from pathlib import Path
@@ -84,8 +83,8 @@ def _store(file: str, cubin: bytes) -> None:
     if directory is None:
         return
     try:
-        with tempfile.TemporaryDirectory(dir=directory) as scratch:
-            made = Path(scratch, file)
+        with cache.scratch(directory) as scratch:
+            made = scratch / file
             made.write_bytes(cubin)
             cache.publish(made, directory / file)
     except OSError as error:
