@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import argparse
 import json
+import signal
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 from nanovllm import EngineConfig
@@ -27,6 +29,7 @@ from nanovllm.client.loop import runner
 
 DEFAULT_CLIENTS = "1,8,32"
 INTERRUPT_STATUS = 130
+TERMINATED_STATUS = 143  # 128 + SIGTERM
 NOT_ENGINE = ("model", "seed")  # flags of ours with names of the engine's
 
 
@@ -89,6 +92,36 @@ def _add_traffic(parser: Parser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
+    with _sigterm_interrupts() as terminated:
+        try:
+            _run(options)
+        except KeyboardInterrupt:
+            return TERMINATED_STATUS if terminated else INTERRUPT_STATUS
+    return 0
+
+
+@contextmanager
+def _sigterm_interrupts() -> Iterator[list[int]]:
+    """SIGTERM ends the block as Ctrl-C does, and leaves nothing; the list tells of it."""
+    came: list[int] = []
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        came.append(number)
+        handler = signal.getsignal(signal.SIGINT)
+        if callable(handler):  # the event loop's own, while one runs
+            handler(signal.SIGINT, frame)
+        else:  # a job in the background may ignore SIGINT
+            raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield came
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _run(options: argparse.Namespace) -> None:
+    """Raises KeyboardInterrupt, what is complete being reported."""
     loads, traffic, targets = _loads(options), _traffic(options), _targets(options)
     if options.label is not None and options.json is None and options.html is None:
         refuse("bench serve", "--label goes into --json and --html: give one of them too")
@@ -131,8 +164,7 @@ def run(options: argparse.Namespace) -> int:
         )
     if interrupted:
         say(f"interrupted: {len(session.measured)} of {len(loads)} loads are complete", YELLOW)
-        return INTERRUPT_STATUS
-    return 0
+        raise KeyboardInterrupt
 
 
 def _report(content: dict[str, Any], options: argparse.Namespace) -> None:

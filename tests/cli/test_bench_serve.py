@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import json
+import os
 import random
 import re
 import shutil
@@ -318,6 +319,25 @@ def test_a_killed_benchmark_leaves_no_server_behind(tiny: Path) -> None:
     with contextlib.suppress(OSError):  # the file goes with the process
         while server.read_text().rsplit(")", 1)[1].split()[0] != "Z":
             time.sleep(0.05)
+
+
+@pytest.mark.parametrize("delay", [0.0, 6.0])  # while the server starts, while it is measured
+def test_a_terminated_benchmark_leaves_no_files(tiny: Path, tmp_path: Path, delay: float) -> None:
+    flags = ["--model", str(tiny), "--concurrency", "1", "--num-requests", "100000"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "nanovllm.cli.main", "bench", "serve", *flags],
+        stderr=subprocess.PIPE, text=True, env=os.environ | {"TMPDIR": str(tmp_path)},
+    )  # fmt: skip
+    while not any(tmp_path.glob("nanovllm-bench-*/log")):
+        assert process.poll() is None
+        time.sleep(0.02)
+    time.sleep(delay)
+    process.terminate()
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 143
+    assert ("0 of 1 loads are complete" in err) == (delay > 0)
+    assert "Traceback" not in err
+    assert not list(tmp_path.glob("nanovllm-bench-*"))
 
 
 def test_an_interrupt_reports_the_loads_that_are_complete(tmp_path: Path) -> None:
