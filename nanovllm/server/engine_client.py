@@ -20,7 +20,7 @@ from typing import cast
 
 from nanovllm.engine.scheduler import SequenceUpdate
 from nanovllm.engine.sequence import Sequence
-from nanovllm.errors import InvalidRequestError, NanoVLLMError, StepError
+from nanovllm.errors import ConfigError, InvalidRequestError, NanoVLLMError, StepError
 from nanovllm.metrics.base import NullServerMetrics, ServerMetrics
 from nanovllm.outputs import Delta, RequestOutput
 from nanovllm.requests import RequestTracker
@@ -51,6 +51,7 @@ class EngineClient(asyncio.Protocol):
         self.info: messages.Ready | None = None
         self.load = messages.Load()
         self.death: str | None = None
+        self.refusal: str | None = None  # what is wrong with the config that it was started with
         self.changed = asyncio.Event()  # set when info or death is
         self.died = asyncio.Event()
         self._disconnected = asyncio.Event()
@@ -230,6 +231,8 @@ class EngineClient(asyncio.Protocol):
             self._set_load(messages.Load(num_free_blocks=report.num_blocks))
             self.changed.set()
         else:
+            if report.kind == ConfigError.__name__ and self.info is None:
+                self.refusal = report.message
             self.die(f"{report.kind}: {report.message}")
 
     def _set_load(self, load: messages.Load) -> None:

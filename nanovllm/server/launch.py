@@ -159,7 +159,8 @@ def serve(
 ) -> int:
     """Serves until a signal or the engine's end; the exit status.
 
-    Raises ConfigError or ModelLoadError for what is wrong before anything runs.
+    Raises ConfigError or ModelLoadError for what is wrong before anything runs, and ConfigError for
+    what the engine finds when it starts.
     """
     restarts = config.on_engine_death == "restart"
     if restarts and in_process:
@@ -233,7 +234,7 @@ class Run:
         self.http = HttpServer(service)
 
     async def run(self) -> int:
-        """The exit status."""
+        """The exit status. Raises ConfigError if the engine refuses its config."""
         loop = asyncio.get_running_loop()
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGTERM, signal.SIGINT):
@@ -252,6 +253,9 @@ class Run:
                 self._status = 1
             await self._service.client.close(END_SECONDS)
             self._service.close()
+        refusal = self._service.client.refusal
+        if refusal is not None and not self._has_served:
+            raise ConfigError(refusal)
         return self._status
 
     def stop(self, number: signal.Signals = signal.SIGTERM) -> None:
@@ -286,7 +290,8 @@ class Run:
             client = self._service.client
             await self._attend(client)
             served = client.served_seconds
-            logger.error("%s", client.death)
+            if client.refusal is None or self._has_served:
+                logger.error("%s", client.death)
             if self._restart is None or client.info is None or self._service.draining:
                 break
             await client.close(END_SECONDS)

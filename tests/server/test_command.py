@@ -351,6 +351,23 @@ def test_wrong_use(
     assert len(error.strip().splitlines()) == 1
 
 
+@pytest.mark.parametrize("more", [[], ["--in-process"]])
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--max-model-len", "999999"], "max_model_len is 999999"),
+        (["--attention-backend", "nope"], "attention_backend must be"),
+    ],
+)
+def test_what_the_engine_refuses_is_wrong_use_too(
+    serve: Callable[..., Command], arguments: list[str], said: str, more: list[str]
+) -> None:
+    server = serve(*arguments, *more, wait=False)
+    assert server.process.wait(60) == 2
+    (line,) = server.output().splitlines()
+    assert line.startswith(f"nanovllm: {said}")
+
+
 def test_broken_models_end_the_server_in_words(
     serve: Callable[..., Command], model_dir: Path, tmp_path: Path
 ) -> None:
