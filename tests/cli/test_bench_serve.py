@@ -401,6 +401,23 @@ def test_what_does_not_fit_is_said_before_it_runs(cli: Any, live: Live) -> None:
     assert "300 tokens do not fit the server's context of 256" in result.err
 
 
+@pytest.mark.parametrize("flag", ["--json", "--html"])
+def test_a_file_that_cannot_be_written_is_told_before_the_run(
+    cli: Any, tmp_path: Path, flag: str
+) -> None:
+    earlier = tmp_path / "earlier"
+    earlier.write_text("kept")
+    for name in ("none/out", "."):
+        line = ("--url", "http://127.0.0.1:9", flag, str(tmp_path / name))
+        result = cli("bench", "serve", *line)
+        assert result.status == 1
+        assert str(tmp_path / name) in result.err
+    result = cli("bench", "serve", "--url", "http://127.0.0.1:9", flag, str(earlier))
+    assert "127.0.0.1:9" in result.err
+    assert earlier.read_text() == "kept"
+    assert list(tmp_path.iterdir()) == [earlier]
+
+
 # --- reports ------------------------------------------------------------------------------------
 
 
