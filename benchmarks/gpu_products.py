@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
 import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -24,6 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 import torch.nn.functional as F
+from gpu_kernels import graph_time
 from torch import Tensor
 
 from nanovllm.kernels.cuda import few, many
@@ -42,26 +42,6 @@ SHAPES = {  # hidden, intermediate, heads, KV heads
 PRODUCTS = ("qkv", "o", "gate_up", "down")
 RESULTS: list[dict[str, object]] = []
 Tiles = dict[str, many.Tile]
-
-
-def graph_time(run: Callable[[], None], count: int) -> float:
-    """Microseconds of one of the `count` equal pieces of run(), by graph replay; median of 7."""
-    run()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        run()
-    graph.replay()
-    times = []
-    for _ in range(7):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        for _ in range(2):
-            graph.replay()
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end) * 1000 / 2 / count)
-    return statistics.median(times)
 
 
 def report(table: str, micros: float, roof: float, **what: object) -> None:

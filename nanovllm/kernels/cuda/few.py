@@ -18,7 +18,7 @@ MAX_ROWS = 8
 MAX_GROUPS = 8  # of 8 weight rows in one unit of work: sums in registers
 LEAST_K_STEP = 896  # shorter copies do not keep up with the memory
 MAX_K_STEP = 1024
-SHARED = 113 * 1024  # two blocks a multiprocessor: the next kernel's weights arrive meanwhile
+HALF_SHARED = 113 * 1024  # two blocks a multiprocessor: the next kernel's weights arrive meanwhile
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +66,7 @@ def best_tile(n: int, k: int, gated: bool, processors: int) -> Tile:
     groups = _groups(n, gated, processors)
     units = -(-n // (8 * groups // (2 if gated else 1)))
     rounds = -(-units // processors)
-    stages = (SHARED - _sums_bytes(groups, warps)) // _stage_bytes(k_step)
+    stages = (HALF_SHARED - _sums_bytes(groups, warps)) // _stage_bytes(k_step)
     most = rounds * groups * (k // k_step)
     lead = 3 if most <= 2 * stages else most  # a long kernel lets the next one start at once
     return Tile(groups, k_step, warps, max(2, min(stages, most)), lead)
@@ -95,7 +95,7 @@ def _variant(
     # More than is needed, so that a multiprocessor holds one block of two kernels each, not two
     # of the same.
     shared = tile.stages * _stage_bytes(tile.k_step) + _sums_bytes(tile.groups, tile.warps)
-    shared = max(shared, SHARED)
+    shared = max(shared, HALF_SHARED)
     cubin = compile_cubin(read_source("few.cu"), "few.cu", defines=defines)
     return Kernel(cubin, "few", "ppppppif", device, shared=shared), shared
 
